@@ -1,0 +1,1 @@
+"""One training runtime for both stages: DeepSpeed, checkpoints, signals, logs."""

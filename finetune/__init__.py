@@ -1,0 +1,1 @@
+"""Segmentation heads, prompts, the interactive session, evaluation."""

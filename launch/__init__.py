@@ -1,0 +1,1 @@
+"""The `medfm` command: starting, planning and showing everything the other rooms do."""
