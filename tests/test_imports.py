@@ -1,0 +1,61 @@
+"""The rooms import one another in one direction only, and heavy libraries stay out of where they are not needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("data_pipeline", "model", "engine", "pretrain", "finetune", "launch")
+MAY_IMPORT = {
+    "data_pipeline": set(),
+    "model": set(),
+    "engine": set(),
+    "pretrain": {"engine", "model", "data_pipeline"},
+    "finetune": {"engine", "model", "data_pipeline"},
+    "launch": {"pretrain", "finetune", "engine", "model", "data_pipeline"},
+}
+
+
+def imported_rooms(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names & set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room: str) -> None:
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    wrong = {str(f.relative_to(ROOT)): extra for f in files if (extra := imported_rooms(f) - MAY_IMPORT[room] - {room})}
+    assert not wrong
+
+
+RAW_FORMATS = ("SimpleITK", "pydicom", "nibabel")
+CLUSTER = ("deepspeed", "webdataset", "dask")
+
+
+@pytest.mark.parametrize(
+    ("modules", "forbidden"),
+    [
+        ("pretrain.task", RAW_FORMATS),
+        ("finetune.task", RAW_FORMATS),
+        ("data_pipeline.stream", RAW_FORMATS),
+        ("model", (*RAW_FORMATS, *CLUSTER)),
+        ("finetune.session", CLUSTER),
+        ("finetune.evaluate", CLUSTER),
+        ("launch.cli", (*RAW_FORMATS, *CLUSTER, "torch", "monai", "timm")),
+    ],
+)
+def test_heavy_libraries_stay_out(modules: str, forbidden: tuple[str, ...]) -> None:
+    code = f"import sys, {modules}; print(*[m for m in {forbidden!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert out.stdout.split() == []
