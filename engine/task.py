@@ -1,0 +1,70 @@
+"""What a stage of training gives the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+Metrics = Mapping[str, tuple[Tensor | float, Tensor | float]]
+
+
+class Writer(Protocol):
+    """Where evaluation puts what it finds; TensorBoard's `SummaryWriter` on rank 0, silent on the others."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+    def add_image(self, tag: str, img_tensor: Any, global_step: int, *, dataformats: str = "CHW") -> None: ...
+
+    def add_figure(self, tag: str, figure: Any, global_step: int) -> None: ...
+
+
+class Task(Protocol):
+    """A model with its data. The engine owns optimisation, precision, sharding, saving and logging.
+
+    `model(batch)` returns `(loss, metrics)`: the loss a 0-d float32 tensor already divided by the count of the *whole* update over
+    all ranks and micro-steps, so that the sum over them is the update's loss; `metrics` maps a name to `(sum, count)`, whose
+    sums over ranks and micro-steps the engine divides and logs. Every parameter takes part in every call (a stem or
+    head without input gets a zero-row tensor), otherwise ranks deadlock at ZeRO 1 to 3. The forward pass runs under bfloat16
+    autocast at precision bf16; parameters and gradients are float32.
+
+    Optional hooks, used when present: `model.set_checkpointing(bool)`, `model.blocks_to_compile() -> Iterable[nn.Module]`.
+    """
+
+    model: nn.Module
+    samples_per_update: int
+
+    def batches(self, start_update: int, rank: int, world: int) -> Iterator[Any]:
+        """Endless batches from position `start_update`, `micro_steps(world)` consecutive ones per update, in order."""
+        ...
+
+    def micro_steps(self, world: int) -> int:
+        """Forward and backward passes per update on each rank."""
+        ...
+
+    def recipe(self) -> BaseModel:
+        """The resolved recipe; its identity fields guard a resume."""
+        ...
+
+    def manifest_hash(self) -> str:
+        """Hash of the data the position refers to."""
+        ...
+
+    def evaluate(self, update: int, rank: int, world: int, writer: Writer) -> dict[str, float]:
+        """Called on all ranks with the model in eval mode and gradients off; returns scalars to log (rank 0's are logged)."""
+        ...
+
+    def pictures(self, update: int, rank: int, world: int, writer: Writer) -> None:
+        """Called after `evaluate`, under the same conditions."""
+        ...
+
+    def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Write weights for use (`encoder.safetensors`, `plan.json`, ...) from the float32 CPU state dict; rank 0 only."""
+        ...
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """AdamW parameter groups: `params`, and if wanted `weight_decay` and `lr_scale` (a factor on the schedule)."""
+        ...
