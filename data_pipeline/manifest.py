@@ -1,0 +1,244 @@
+"""`manifest.parquet`: one row a sample, sorted by shard and offset; mapped once a node for all workers.
+
+The Parquet file is the dataset's own, compressed and portable. At open it is rewritten, once per node and
+dataset, as an uncompressed Arrow file in a cache folder, which every process maps: a million rows cost no
+memory per worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.errors import UserError
+
+FORMAT_VERSION = 1
+MEMBERS = ("image", "l1", "l2", "seg", "idx", "json")
+SUFFIX = {"image": "b2nd", "l1": "l1.b2nd", "l2": "l2.b2nd", "seg": "seg.b2nd", "idx": "idx", "json": "json"}
+_FOREGROUND = pa.struct([("class", pa.int32()), ("layer", pa.int32()), ("voxels", pa.list_(pa.int32()))])
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("subject", pa.string()),
+        ("modality", pa.string()),
+        ("modalities", pa.list_(pa.string())),
+        ("channels", pa.list_(pa.string())),
+        ("geometry", pa.string()),
+        ("axes", pa.list_(pa.int8(), 3)),
+        ("shape", pa.list_(pa.int32(), 4)),
+        ("spacing", pa.list_(pa.float32(), 3)),
+        ("spacing_source", pa.string()),
+        ("dtype", pa.string()),
+        ("max_error", pa.float64()),
+        ("levels", pa.list_(pa.list_(pa.int8(), 3))),
+        ("norm", pa.list_(pa.list_(pa.float64(), 7))),
+        *((f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "size")),
+        ("content_hash", pa.string()),
+        ("label_origin", pa.string()),
+        ("annotated", pa.list_(pa.string())),
+        ("classes", pa.list_(pa.string())),
+        ("foreground", pa.list_(_FOREGROUND)),
+        ("valid_fraction", pa.float32()),
+    ]
+)
+
+
+def cache_folder() -> Path:
+    """Where Arrow copies of manifests are kept: `MEDFM_CACHE`, else the user's cache folder, else a
+    temporary one.
+    """
+    wanted = os.environ.get("MEDFM_CACHE")
+    home = (
+        Path(wanted) if wanted else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "medfm"
+    )
+    for folder in (
+        home,
+        Path(tempfile.gettempdir()) / f"medfm-{os.getuid() if hasattr(os, 'getuid') else 0}",
+    ):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise UserError(f"no writable cache folder: {home} cannot be written; set MEDFM_CACHE to one that can")
+
+
+def write_manifest(rows: Iterable[dict[str, Any]], path: Path) -> str:
+    """Write rows, sorted by (shard, image_offset), as Parquet; returns the sha256 hex of the file."""
+    ordered = sorted(rows, key=lambda row: (row["shard"], row["image_offset"]))
+    table = pa.Table.from_pylist(ordered, schema=SCHEMA)
+    pq.write_table(table, path, compression="zstd")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Manifest:
+    """The rows of a dataset. Open with `Manifest.open`; picklable (a copy maps the same file again).
+
+    Attributes: `root` (folder, or address as text), `hash` (sha256 hex of `manifest.parquet`), `info`
+    (`dataset.json`).
+    """
+
+    root: Path | str
+    hash: str
+    info: dict[str, Any]
+
+    def __init__(self, root: Path | str, digest: str, info: dict[str, Any], arrow: Path) -> None:
+        self.root, self.hash, self.info, self._arrow = root, digest, info, arrow
+        self._table: pa.Table | None = None
+        self._columns: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, root: str | Path) -> Manifest:
+        """Open the dataset at `root` (a local folder or an fsspec address).
+
+        Raises `UserError` when there is no dataset there, its version is unknown, the manifest is not the
+        one the dataset was built with, or a shard is missing or has another size than was written.
+        """
+        text = os.fspath(root)
+        place: Path | str = text.rstrip("/") if "://" in text else Path(text)
+        raw, info = _read(place, "manifest.parquet"), _information(place)
+        digest = hashlib.sha256(raw).hexdigest()
+        if info.get("manifest_sha256") != digest:
+            raise UserError(
+                f"manifest.parquet in {root} is not the one that dataset.json names; restore or rebuild it"
+            )
+        if isinstance(place, Path):
+            _check_shards(place, info)
+        arrow = cache_folder() / f"manifest-{digest[:32]}.arrow"
+        if not arrow.is_file():
+            _write_arrow(raw, arrow)
+        return cls(place, digest, info, arrow)
+
+    @property
+    def table(self) -> pa.Table:
+        """The mapped Arrow table (zero-copy until a column is converted)."""
+        if self._table is None:
+            self._table = pa.ipc.open_file(pa.memory_map(os.fspath(self._arrow), "r")).read_all()
+        return self._table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def column(self, name: str) -> np.ndarray:
+        """One column: numbers as an array, fixed triples and shapes as (n, 3) or (n, 4), the rest as
+        objects.
+        """
+        if name not in self._columns:
+            column = self.table.column(name)
+            kind = column.type
+            if pa.types.is_fixed_size_list(kind):
+                flat = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+                values = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, kind.list_size)
+            elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+                values = column.to_numpy()
+            else:
+                values = np.empty(len(column), object)
+                values[:] = column.to_pylist()
+            self._columns[name] = values
+        return self._columns[name]
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Every column of row `i` as Python values."""
+        found: dict[str, Any] = self.table.slice(int(i), 1).to_pylist()[0]
+        return found
+
+    def select(
+        self,
+        split: str | None = None,
+        source: str | None = None,
+        modality: str | None = None,
+        labelled: bool | None = None,
+    ) -> np.ndarray:
+        """Row numbers, ascending, that match every condition given. `labelled`: has a `seg` member."""
+        keep = np.ones(len(self), bool)
+        for name, wanted in (("split", split), ("source", source), ("modality", modality)):
+            if wanted is not None:
+                keep &= self.column(name) == wanted
+        if labelled is not None:
+            keep &= (self.column("seg_size") > 0) == labelled
+        return np.flatnonzero(keep)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "hash": self.hash, "info": self.info, "_arrow": self._arrow}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _table=None, _columns={})
+
+
+def _read(place: Path | str, name: str) -> bytes:
+    try:
+        if isinstance(place, Path):
+            return (place / name).read_bytes()
+        import fsspec
+
+        with fsspec.open(f"{place}/{name}", "rb") as file:
+            return bytes(file.read())
+    except OSError as error:
+        raise UserError(
+            f"{place} is not a shard dataset: {name} cannot be read; give what `medfm shards build` made"
+        ) from error
+
+
+def _information(place: Path | str) -> dict[str, Any]:
+    try:
+        info = json.loads(_read(place, "dataset.json"))
+    except ValueError as error:
+        raise UserError(
+            f"dataset.json in {place} is not valid JSON; restore it or rebuild the dataset"
+        ) from error
+    if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION:
+        version = info.get("format_version") if isinstance(info, dict) else None
+        raise UserError(
+            f"{place} has dataset format {version!r}, not {FORMAT_VERSION}; rebuild it or update medfm"
+        )
+    return info
+
+
+def _check_shards(root: Path, info: dict[str, Any]) -> None:
+    missing, wrong = [], []
+    for shard in info["shards"]:
+        try:
+            size = (root / shard["name"]).stat().st_size
+        except OSError:
+            missing.append(shard["name"])
+            continue
+        if size != shard["size"]:
+            wrong.append(f"{shard['name']} ({size} bytes, {shard['size']} written)")
+    for fault, names in (("missing", missing), ("of the wrong size", wrong)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"shard {fault} in {root}: {names[0]}{more}; copy it again or rebuild the dataset"
+            )
+
+
+def _write_arrow(parquet: bytes, path: Path) -> None:
+    """Write the manifest uncompressed beside its final name, then rename: several processes may race."""
+    try:
+        table = pq.read_table(pa.BufferReader(parquet), schema=SCHEMA).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(
+            "manifest.parquet has other columns than this medfm expects; rebuild the dataset"
+        ) from error
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
+    os.close(handle)
+    try:
+        with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)

@@ -1,0 +1,273 @@
+"""Verified reads of boxes out of shards: only the touched chunks are fetched, and none is used unchecked."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import blosc2
+import numpy as np
+
+from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_index
+
+OPEN_SHARDS = 32  # file descriptors a reader keeps; a lane's window of shards fits
+CACHED_INDICES = 64  # parsed indices a reader keeps; about 60 KB for a 512x512x300 CT
+GAP = 32 * 1024  # bytes read and thrown away rather than starting another request
+
+
+class DamagedSample(Exception):
+    """Bytes of a sample are missing or not what was written.
+
+    Attributes: `key` of the sample, `shard` (file name), `member` ("image", "l1", "l2", "seg", "idx"),
+    `chunk` (number in C-order over the member's chunk grid, -1 where the fault is not in a chunk), `reason`
+    (one phrase).
+    """
+
+    def __init__(self, key: str, shard: str, member: str, chunk: int, reason: str) -> None:
+        super().__init__(
+            key, shard, member, chunk, reason
+        )  # positional, so that it survives a process boundary
+        self.key, self.shard, self.member, self.chunk, self.reason = key, shard, member, chunk, reason
+
+    def __str__(self) -> str:
+        where = f"{self.member} chunk {self.chunk}" if self.chunk >= 0 else self.member
+        return f"sample {self.key} in {self.shard} is damaged: {where}: {self.reason}"
+
+
+class ManifestColumns(Protocol):
+    """What a reader needs of a manifest."""
+
+    root: Any
+
+    def column(self, name: str) -> np.ndarray: ...
+
+
+class ByteSource(Protocol):
+    """Ranged reads of named files."""
+
+    def read(self, name: str, offset: int, size: int) -> bytes: ...
+
+
+class LocalFiles:
+    """`pread` with a bounded cache of descriptors. `pread` has no shared position, so a fork may go on using
+    them.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], limit: int = OPEN_SHARDS) -> None:
+        self.root, self.limit = os.fspath(root), limit
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size) of a file; fewer at its end. OSError when it cannot be read."""
+        fd = self._open.get(name)
+        if fd is None:
+            fd = os.open(os.path.join(self.root, name), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._open[name] = fd
+            if len(self._open) > self.limit:
+                os.close(self._open.popitem(last=False)[1])
+        else:
+            self._open.move_to_end(name)
+        data = os.pread(fd, size, offset)
+        while len(data) < size:  # a signal or a network file system may return less than asked
+            more = os.pread(fd, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Close every descriptor; the next read opens again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "limit": self.limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.root, self.limit, self._open = state["root"], state["limit"], OrderedDict()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class RemoteFiles:
+    """Ranged GETs through fsspec (`s3://`, `gs://`, `https://`, `memory://`)."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        self._fs: Any = None
+        self._pid = -1
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size) of an object; OSError when it cannot be read."""
+        if self._pid != os.getpid():  # an asynchronous client does not survive a fork
+            import fsspec
+
+            self._fs, self._path = fsspec.core.url_to_fs(self.root, skip_instance_cache=self._pid != -1)
+            self._pid = os.getpid()
+        return bytes(self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + size))
+
+    def close(self) -> None:
+        """Drop the client."""
+        self._fs, self._pid = None, -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["root"])  # type: ignore[misc]
+
+
+def files_at(root: str | os.PathLike[str]) -> LocalFiles | RemoteFiles:
+    """The byte source for a dataset folder or address."""
+    text = os.fspath(root)
+    return RemoteFiles(text) if "://" in text else LocalFiles(text)
+
+
+class ShardReader:
+    """Reads boxes of samples, checking every byte it uses.
+
+    A box costs one read for the sample's index (kept for the last few samples) and one read per run of
+    neighbouring chunks. Each chunk's compressed bytes are compared with the index before they are
+    decompressed straight into place. Safe after fork and picklable; not for use by two threads at once.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], manifest: ManifestColumns) -> None:
+        self.files = files_at(root)
+        self.manifest = manifest
+        self._keys, self._shards = manifest.column("key"), manifest.column("shard")
+        self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._indices: OrderedDict[int, dict[str, MemberIndex]] = OrderedDict()
+
+    def shape(self, row: int, member: str) -> tuple[int, ...]:
+        """Four-axis shape of a member, from the checked index."""
+        return self._member(row, member).shape
+
+    def read_box(
+        self, row: int, member: str, channel: int | None, origin: Sequence[int], extent: Sequence[int]
+    ) -> np.ndarray:
+        """Voxels of one box, stored dtype, C-contiguous.
+
+        `row` is a row of the manifest, `member` one of "image", "l1", "l2", "seg"; `channel` an index on the
+        first axis (channel, or layer of seg), or None for all of them. `origin` and `extent` are (z, y, x)
+        voxels of that member. Returns (z, y, x), or (c, z, y, x) when `channel` is None. Raises
+        `DamagedSample`, never wrong voxels; ValueError when the box does not lie inside the member or the
+        sample has no such member.
+        """
+        index = self._member(row, member)
+        channels = (0, index.shape[0]) if channel is None else (channel, channel + 1)
+        low = (channels[0], *map(int, origin))
+        high = (channels[1], *(int(o) + int(e) for o, e in zip(origin, extent)))
+        if len(low) != 4 or any(a < 0 or b > s or a >= b for a, b, s in zip(low, high, index.shape)):
+            raise ValueError(
+                f"box {low}..{high} does not lie inside {member} of shape {index.shape} ({self._keys[row]})"
+            )
+        out = np.empty(tuple(b - a for a, b in zip(low, high)), index.dtype)
+        self._fill(row, index, low, high, out)
+        return out if channel is None else out[0]
+
+    def _fill(
+        self, row: int, index: MemberIndex, low: tuple[int, ...], high: tuple[int, ...], out: np.ndarray
+    ) -> None:
+        """Put the box [low, high) of a member into `out`."""
+        grid, size = index.grid, index.chunk
+        touched = [range(a // s, -(-b // s)) for a, b, s in zip(low, high, size)]
+        places = list(itertools.product(*touched))
+        numbers = [((p[0] * grid[1] + p[1]) * grid[2] + p[2]) * grid[3] + p[3] for p in places]
+        records = index.chunks[numbers].tolist()
+        pieces = self._fetch(row, index.name, numbers, records)
+        scratch = np.empty(size, index.dtype)
+        for place, number, (_, _, special, check) in zip(places, numbers, records):
+            box_low = [max(a, p * s) for a, p, s in zip(low, place, size)]
+            box_high = [min(b, p * s + s) for b, p, s in zip(high, place, size)]
+            target = tuple(slice(a - o, b - o) for a, b, o in zip(box_low, box_high, low))
+            if special:
+                bits = check.to_bytes(8, "little")[: index.dtype.itemsize]
+                out[target] = np.frombuffer(bits, index.dtype)[0]
+                continue
+            try:
+                blosc2.decompress2(pieces[number], dst=scratch, nthreads=1)
+            except (RuntimeError, ValueError) as error:
+                raise self._damaged(row, index.name, number, "does not decompress") from error
+            inside = tuple(slice(a - p * s, b - p * s) for a, b, p, s in zip(box_low, box_high, place, size))
+            out[target] = scratch[inside]
+
+    def _fetch(
+        self, row: int, member: str, numbers: list[int], records: list[tuple[int, int, int, int]]
+    ) -> dict[int, memoryview]:
+        """Read and check the stored chunks among `records`, joining neighbours into one request."""
+        stored = sorted(
+            (offset, size, check, n)
+            for n, (offset, size, special, check) in zip(numbers, records)
+            if not special
+        )
+        start = self._place(row, member)[0]
+        pieces: dict[int, memoryview] = {}
+        i = 0
+        while i < len(stored):
+            first, end = stored[i][0], stored[i][0] + stored[i][1]
+            j = i + 1
+            while j < len(stored) and stored[j][0] <= end + GAP:
+                end = stored[j][0] + stored[j][1]
+                j += 1
+            data = memoryview(self._read(row, member, start + first, end - first))
+            for offset, size, check, number in stored[i:j]:
+                piece = data[offset - first : offset - first + size]
+                if len(piece) != size:
+                    raise self._damaged(row, member, number, "the shard ends too early")
+                if checksum(piece) != check:
+                    raise self._damaged(row, member, number, "its bytes do not match their checksum")
+                pieces[number] = piece
+            i = j
+        return pieces
+
+    def _member(self, row: int, member: str) -> MemberIndex:
+        """The checked index of one member of a sample."""
+        row = int(row)
+        members = self._indices.get(row)
+        if members is None:
+            offset, size = self._place(row, "idx")
+            try:
+                members = read_index(self._read(row, "idx", offset, size), str(self._keys[row]))
+            except IndexDamaged as error:
+                raise self._damaged(row, "idx", -1, str(error)) from error
+            self._indices[row] = members
+            if len(self._indices) > CACHED_INDICES:
+                self._indices.popitem(last=False)
+        else:
+            self._indices.move_to_end(row)
+        if member not in members or not len(members[member].chunks):
+            raise ValueError(f"sample {self._keys[row]} has no member {member!r}")
+        found = members[member]
+        if found.size != self._place(row, member)[1]:
+            raise self._damaged(row, "idx", -1, f"manifest and index differ on the size of {member}")
+        return found
+
+    def _place(self, row: int, member: str) -> tuple[int, int]:
+        """Absolute offset and size of a member in its shard."""
+        columns = self._places.get(member)
+        if columns is None:
+            columns = self._places[member] = (
+                self.manifest.column(f"{member}_offset"),
+                self.manifest.column(f"{member}_size"),
+            )
+        return int(columns[0][row]), int(columns[1][row])
+
+    def _read(self, row: int, member: str, offset: int, size: int) -> bytes:
+        try:
+            return self.files.read(str(self._shards[row]), offset, size)
+        except (OSError, ValueError) as error:
+            reason = (
+                "the shard is missing" if isinstance(error, FileNotFoundError) else "the shard cannot be read"
+            )
+            raise self._damaged(row, member, -1, reason) from error
+
+    def _damaged(self, row: int, member: str, chunk: int, reason: str) -> DamagedSample:
+        return DamagedSample(str(self._keys[row]), str(self._shards[row]), member, chunk, reason)
+
+    def close(self) -> None:
+        """Close open files; the next read opens them again."""
+        self.files.close()
