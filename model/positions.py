@@ -1,0 +1,68 @@
+"""Rotary positions in mm (Su et al. 2021, on three patient axes), and a learned table for foreign weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def rotary(
+    centres: Tensor, head_dim: int, wavelengths: tuple[float, float] = (2.0, 2048.0)
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables, each float32 (S, head_dim // 2).
+
+    centres: (S, 3) float32 mm along the patient axes z, y, x. Pairs of channels are shared out evenly between
+    the axes, each with the same wavelengths, log-spaced from the shortest to the longest (both included);
+    pairs left over are not turned. Attention between turned queries and keys depends on differences of
+    positions only.
+    """
+    if centres.dtype != torch.float32:
+        raise TypeError(f"centres must be float32 (bf16 turns 300.5 mm into 300), not {centres.dtype}")
+    pairs = head_dim // 6
+    low, high = wavelengths
+    exponent = torch.linspace(0.0, 1.0, pairs, device=centres.device, dtype=torch.float32)
+    frequency = (2 * math.pi / low) * torch.exp(-math.log(high / low) * exponent)
+    angle = (centres[:, :, None] * frequency).flatten(1)
+    angle = nn.functional.pad(angle, (0, head_dim // 2 - 3 * pairs))
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (S, heads, head_dim) by tables (S, head_dim // 2); channel i pairs with i + head_dim // 2."""
+    first, second = x.float().chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """A learned table over a grid, added to tokens; other grids sample it linearly, as when a ViT's table is
+    resized.
+
+    Sequence of grid g, token index i -> table coordinate (i + 1/2) * G / g - 1/2, clamped; its own grid gives
+    the table.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.empty(math.prod(grid), width))
+
+    def forward(self, index: Tensor, grid: Tensor) -> Tensor:
+        """index: (n, m, 3) token index; grid: (n, 3) -> (n, m, width)."""
+        size = torch.tensor(self.grid, device=index.device)
+        place = (index + 0.5) * (size / grid.clamp(min=1))[:, None] - 0.5
+        place = place.clamp(min=0).minimum(size - 1.0)
+        lower = place.floor()
+        weight = place - lower
+        lower = lower.long()
+        upper = (lower + 1).minimum(size - 1)
+        stride = torch.tensor((self.grid[1] * self.grid[2], self.grid[2], 1), device=index.device)
+        total = self.table.new_zeros(())
+        for corner in itertools.product((False, True), repeat=3):
+            up = torch.tensor(corner, device=index.device)
+            share = torch.where(up, weight, 1 - weight).prod(-1, keepdim=True).to(self.table.dtype)
+            total = total + share * self.table[(torch.where(up, upper, lower) * stride).sum(-1)]
+        return total
