@@ -1,1 +1,268 @@
+"""Raw scans to `Volume`: NIfTI, NRRD, MHA/MHD, DICOM, and PNG/JPEG/TIFF radiographs.
 
+A reader returns the true voxels in their true place, or raises `Quarantined` with a code. Formats are imported
+when first needed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+
+from data_pipeline.errors import Quarantined, UserError
+from data_pipeline.readers.raw import Raw, check_affine
+from data_pipeline.volume import Channel, Modality, SpacingSource, Triple, Units, Volume, corner_distance
+
+NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+DICOM = (".dcm", ".dicom", ".ima")
+SUFFIXES = NIFTI + ITK + PICTURES + DICOM
+#: Real values of a CT below this are fill outside the field of view (-2000, -2048, -3024, ...), never tissue or air.
+CT_PADDING_BELOW = -1500.0
+
+
+def read(
+    path: Path,
+    *,
+    modality: str | Sequence[str] | None = None,
+    spacing: Triple | None = None,
+    field_mm: float | None = None,
+    accept_no_form: bool = False,
+    units: str | None = None,
+    channel_names: Sequence[str] | None = None,
+    series: str | None = None,
+    accept_secondary: bool = False,
+) -> Volume:
+    """One file, or one DICOM series (a folder of any nesting), as a `Volume` in nearest L, P, S order.
+
+    ``modality`` (CT, MR, XR or PT; one per channel or one for all) must be stated for formats that do not carry
+    it; for DICOM it must agree with the header. ``channel_names`` says that the fourth axis is channels; otherwise
+    frames of a 4D file are a series in time and the first is read (`read_all` gives more). ``spacing`` (z, y, x) mm
+    is used where the file states none; ``field_mm`` is the width of a picture's field where neither does.
+    ``accept_no_form`` accepts a NIfTI that has spacing but no position. ``series`` is the SeriesInstanceUID to take
+    from a folder that holds several.
+    Raises `Quarantined` for an input that cannot be trusted, `UserError` for a missing declaration.
+    """
+    options = _Options(modality, spacing, field_mm, accept_no_form, units, series, accept_secondary)
+    raw = options.decode(Path(path))
+    try:
+        if channel_names is not None and len(raw.frames) != len(channel_names) and len(channel_names) > 1:
+            raise Quarantined("channel_count", f"{len(raw.frames)} frames for {len(channel_names)} channels")
+        count = len(channel_names) if channel_names else 1
+        return options.volume(raw, range(count), channel_names)
+    except Quarantined as error:
+        raise error.at(Path(path)) from error.__cause__
+
+
+def read_all(
+    path: Path, *, more_frames: int = 3, seed: int = 0, modality: str | None = None, spacing: Triple | None = None,
+    field_mm: float | None = None, accept_no_form: bool = False, units: str | None = None,
+    series: str | None = None, accept_secondary: bool = False,
+) -> list[Volume]:  # fmt: skip
+    """Like `read` for a file whose fourth axis is time: the first frame and at most ``more_frames`` others.
+
+    The others are drawn without replacement by ``seed`` and returned in time order; ``provenance["frame"]`` says
+    which each is. A 3D file gives one volume.
+    """
+    options = _Options(modality, spacing, field_mm, accept_no_form, units, series, accept_secondary)
+    raw = options.decode(Path(path))
+    n = len(raw.frames)
+    others = random.Random(f"frames {seed} {n}").sample(range(1, n), min(more_frames, n - 1))
+    try:
+        return [options.volume(raw, [frame], None) for frame in [0, *sorted(others)]]
+    except Quarantined as error:
+        raise error.at(Path(path)) from error.__cause__
+
+
+def read_channels(
+    paths: Sequence[Path], *, modality: str | Sequence[str] | None = None, channel_names: Sequence[str] | None = None,
+    spacing: Triple | None = None, field_mm: float | None = None, accept_no_form: bool = False,
+    units: str | None = None, series: str | None = None, accept_secondary: bool = False,
+) -> Volume:  # fmt: skip
+    """Files on one grid, stacked as channels (one file with channels on its fourth axis is read as such).
+
+    Grids must agree within 0.1 voxel at every corner, else `Quarantined` ``channel_grid``. Channels of different
+    dtype are stacked in the smallest dtype that holds all exactly.
+    """
+    if not paths:
+        raise UserError("read_channels was given no file")
+    names = list(channel_names) if channel_names else None
+    if len(paths) == 1:
+        return read(
+            paths[0], modality=modality, channel_names=names, spacing=spacing, field_mm=field_mm, units=units,
+            accept_no_form=accept_no_form, series=series, accept_secondary=accept_secondary,
+        )  # fmt: skip
+    if names is not None and len(names) != len(paths):
+        raise Quarantined("channel_count", f"{len(paths)} files for {len(names)} channels", paths[0])
+    volumes = [
+        read(
+            p, modality=_modality_of(modality, n), channel_names=[names[n]] if names else [str(n)], spacing=spacing,
+            field_mm=field_mm, accept_no_form=accept_no_form, units=units, series=series,
+            accept_secondary=accept_secondary,
+        )
+        for n, p in enumerate(paths)
+    ]  # fmt: skip
+    first = volumes[0]
+    for n, other in enumerate(volumes[1:], 1):
+        if other.source_shape != first.source_shape:
+            raise Quarantined("channel_grid", f"channel {n} has another size than channel 0", paths[n])
+        apart = corner_distance(first.source_affine, other.source_affine, first.source_shape)
+        if apart > 0.1:
+            raise Quarantined("channel_grid", f"channel {n} lies {apart:.2f} voxels from channel 0", paths[n])
+    invalid = None
+    if any(v.invalid is not None for v in volumes):
+        invalid = np.concatenate([np.zeros(v.voxels.shape, bool) if v.invalid is None else v.invalid for v in volumes])
+    return replace(
+        first,
+        voxels=np.concatenate([v.voxels.astype(np.result_type(*(u.voxels for u in volumes)), copy=False) for v in volumes]),
+        channels=tuple(c for v in volumes for c in v.channels),
+        slope=tuple(s for v in volumes for s in v.slope),
+        intercept=tuple(s for v in volumes for s in v.intercept),
+        invalid=invalid,
+    )
+
+
+class _Options:
+    """The declarations of one read, applied to what a decoder found."""
+
+    def __init__(
+        self, modality: str | Sequence[str] | None, spacing: Triple | None, field_mm: float | None,
+        accept_no_form: bool, units: str | None, series: str | None, accept_secondary: bool,
+    ) -> None:  # fmt: skip
+        self.modality, self.spacing, self.field_mm, self.units = modality, spacing, field_mm, units
+        self.accept_no_form, self.series, self.accept_secondary = accept_no_form, series, accept_secondary
+
+    def decode(self, path: Path) -> Raw:
+        return decode(
+            path, accept_no_form=self.accept_no_form, series=self.series, accept_secondary=self.accept_secondary
+        )
+
+    def volume(self, raw: Raw, frames: Sequence[int] | range, names: Sequence[str] | None) -> Volume:
+        modalities = [self._modality(raw, n) for n in range(len(frames))]
+        units = [self._units(raw, m) for m in modalities]
+        affine, source = self._spacing(raw)
+        contiguous = frames == range(len(frames)) or list(frames) == list(range(len(frames)))
+        voxels = raw.frames[: len(frames)] if contiguous else raw.frames[list(frames)]
+        padding = None if raw.padding is None else raw.padding[list(frames)]
+        voxels, invalid = _separate_invalid(voxels, padding, modalities, raw.slope, raw.intercept, units)
+        provenance = dict(raw.provenance)
+        if len(raw.frames) > 1 and len(frames) == 1:
+            provenance["frame"] = f"{frames[0]} of {len(raw.frames)}"
+        channels = tuple(
+            Channel(names[n] if names else m, cast("Modality", m), cast("Units", units[n]))
+            for n, m in enumerate(modalities)
+        )
+        c = len(channels)
+        return Volume.on_grid(
+            voxels, channels, affine, slope=(raw.slope,) * c, intercept=(raw.intercept,) * c,
+            spacing_source=source, invalid=invalid, provenance=provenance,
+        ).to_lps()  # fmt: skip
+
+    def _modality(self, raw: Raw, channel: int) -> str:
+        declared = _modality_of(self.modality, channel)
+        if declared is not None and declared not in get_args(Modality):
+            raise UserError(f"modality {declared!r} is not known; use one of {', '.join(get_args(Modality))}")
+        if declared is None and raw.modality is None:
+            raise UserError("this file format does not say the modality; state modality: CT, MR, XR or PT")
+        if declared is not None and raw.modality is not None and declared != raw.modality:
+            raise Quarantined("modality_mismatch", f"the header says {raw.modality}, declared is {declared}")
+        return cast("str", declared or raw.modality)
+
+    def _units(self, raw: Raw, modality: str) -> str:
+        if self.units is not None:
+            return self.units
+        return raw.units or ("HU" if modality == "CT" else "arbitrary")
+
+    def _spacing(self, raw: Raw) -> tuple[np.ndarray, SpacingSource]:
+        if raw.spacing_known:
+            return check_affine(raw.affine), "header"
+        if self.spacing is not None:
+            mm, source = self.spacing, "declared"
+        elif self.field_mm is not None:
+            pixel = self.field_mm / raw.frames.shape[-1]
+            mm, source = (pixel, pixel, pixel), "assumed"
+        else:
+            raise Quarantined("no_spacing", "state spacing: [z, y, x] in mm, or field_mm: the width of the picture")
+        scaled = raw.affine.copy()
+        scaled[:3, :3] = raw.affine[:3, :3] * np.array(mm[::-1], dtype=np.float64)
+        return check_affine(scaled), cast("SpacingSource", source)
+
+
+def decode(
+    path: Path, *, accept_no_form: bool = False, series: str | None = None, accept_secondary: bool = False
+) -> Raw:
+    """The frames of a file or series as they are stored, without any declaration. Raises `Quarantined`."""
+    try:
+        if not path.exists():
+            raise Quarantined("missing")
+        if path.is_dir() or _looks_like_dicom(path):
+            from data_pipeline.readers import dicom
+
+            return dicom.decode(path, series=series, accept_secondary=accept_secondary)
+        name = path.name.lower()
+        if name.endswith(NIFTI):
+            from data_pipeline.readers import nifti
+
+            return nifti.decode(path, accept_no_form=accept_no_form)
+        if name.endswith(ITK):
+            from data_pipeline.readers import itk
+
+            return itk.decode(path)
+        if name.endswith(PICTURES):
+            from data_pipeline.readers import radiograph
+
+            return radiograph.decode(path)
+        raise Quarantined("unsupported_format", f"readable: {' '.join(SUFFIXES)} and DICOM")
+    except Quarantined as error:
+        raise error.at(path) from error.__cause__
+
+
+def _looks_like_dicom(path: Path) -> bool:
+    name = path.name.lower()
+    if name.endswith(DICOM):
+        return True
+    if name.endswith(SUFFIXES):
+        return False
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _modality_of(modality: str | Sequence[str] | None, channel: int) -> str | None:
+    if modality is None or isinstance(modality, str):
+        return modality
+    return modality[channel] if len(modality) > 1 else modality[0]
+
+
+def _separate_invalid(
+    voxels: np.ndarray, padding: np.ndarray | None, modalities: Sequence[str], slope: float, intercept: float,
+    units: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    """Mark what is no measurement, and put the channel's lowest valid value there."""
+    invalid = np.zeros(voxels.shape, bool) if padding is None else padding.copy()
+    if voxels.dtype.kind == "f":
+        invalid |= ~np.isfinite(voxels)
+    for n, (modality, unit) in enumerate(zip(modalities, units)):
+        if modality == "CT" and unit == "HU":
+            limit = (CT_PADDING_BELOW - intercept) / slope
+            with np.errstate(invalid="ignore"):
+                invalid[n] |= voxels[n] < limit if slope > 0 else voxels[n] > limit
+    if not invalid.any():
+        return voxels, None
+    voxels = voxels.copy()
+    for n in range(len(voxels)):
+        valid = ~invalid[n]
+        if not valid.any():
+            raise Quarantined("no_valid_voxels")
+        lowest = voxels[n].min(where=valid, initial=_highest(voxels.dtype)) if slope > 0 else voxels[n][valid].max()
+        voxels[n][invalid[n]] = lowest
+    return voxels, invalid
+
+
+def _highest(dtype: np.dtype) -> float | int:
+    return np.inf if dtype.kind == "f" else int(np.iinfo(dtype).max)

@@ -1,0 +1,48 @@
+"""`Raw`: what a file format's decoder gives, before modality, channels and units are settled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_pipeline.errors import Quarantined
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Decoded frames on one grid.
+
+    ``frames`` (t, z, y, x) in the dtype of the file, native byte order; real value = ``frames*slope + intercept``.
+    ``affine``: x, y, z index to LPS mm. ``spacing_known`` is False where the format states no spacing (the affine
+    then has unit spacing), ``has_position`` False where it states no place in the patient (a picture).
+    ``modality`` and ``units`` only where the header states them. ``padding`` marks voxels that the header calls
+    padding, (t, z, y, x) or None.
+    """
+
+    frames: np.ndarray
+    affine: np.ndarray
+    slope: float = 1.0
+    intercept: float = 0.0
+    spacing_known: bool = True
+    has_position: bool = True
+    modality: str | None = None
+    units: str | None = None
+    padding: np.ndarray | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_affine(affine: np.ndarray) -> np.ndarray:
+    """The affine, if it can be that of a scan; else `Quarantined` ``bad_geometry`` or ``sheared``."""
+    columns = affine[:3, :3]
+    lengths = np.linalg.norm(columns, axis=0)
+    if not np.isfinite(affine).all() or lengths.min() < 1e-4 or lengths.max() > 1e4:
+        raise Quarantined("bad_geometry", "voxel sizes are zero, not finite or beyond 10 m")
+    unit = columns / lengths
+    cosines = np.abs(unit.T @ unit - np.eye(3)).max()
+    if cosines > 0.9:
+        raise Quarantined("bad_geometry", "two axes are parallel")
+    if cosines > 2e-3:
+        raise Quarantined("sheared", f"axes are {np.degrees(np.arcsin(cosines)):.2f} degrees off the right angle")
+    return affine

@@ -1,0 +1,131 @@
+"""`SourceConfig`: what a person states about one source of scans. Part of a build recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from data_pipeline.volume import Modality, Triple, Units
+
+Layout = Literal["auto", "msd", "nnunet", "table", "folder", "dicom"]
+
+
+class SourceConfig(BaseModel):
+    """One source. Globs are matched against paths relative to ``path``, with ``/`` and ``**`` for any depth.
+
+    A field that may be a mapping (``modality``, ``units``, ``splits``) takes ``{glob: value}``; the first match wins.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path = Field(description="folder, or table file (.csv, .tsv, .parquet)")
+    name: str = Field("", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="short name in manifest and reports")
+    layout: Layout = "auto"
+    modality: Modality | dict[str, Modality] | None = None
+    units: Units | dict[str, Units] | None = Field(None, description="real units, where the format does not say")
+    include: tuple[str, ...] = Field((), description="globs of image files; empty: every image file")
+    exclude: tuple[str, ...] = ()
+    spacing: Triple | None = Field(None, description="(z, y, x) mm, for files that state none")
+    field_mm: float | None = Field(None, gt=0, description="width of a picture's field where spacing is unknown")
+    accept_no_form: bool = Field(False, description="take NIfTI without sform and qform by spacing alone")
+    accept_secondary: bool = Field(False, description="take DICOM with ImageType SECONDARY")
+    more_frames: int = Field(3, ge=0, description="frames of a 4D series beside the first")
+    burned_in: Literal["accept", "quarantine", "mask"] | None = None
+
+    labels: dict[int, str] | None = Field(None, description="value: name, where no dataset file says so")
+    regions: dict[str, tuple[int, ...]] | None = Field(None, description="name: values, for overlapping classes")
+    label_glob: str | None = Field(None, description="label file; its * stand for what those of include matched")
+    label_threshold: float | None = Field(None, description="values at or above are the one declared class")
+    label_geometry: Literal["image", "header"] | None = None
+    label_origin: Literal["human", "model", "unknown"] = "unknown"
+    annotated: tuple[str, ...] | None = Field(None, description="names that were looked for; None: all declared")
+    ignore: tuple[int, ...] = Field((), description="label values that are neither class nor background")
+
+    subjects: Path | None = Field(None, description="csv with columns case,group")
+    subject_pattern: str | None = Field(None, description="regular expression on the relative path; group 1 is the subject")
+    splits: dict[str, str] | None = Field(None, description="{glob: split}; other files are split by subject")
+    split: dict[str, float] | None = Field(None, description="fractions for this source")
+    geometry: Literal["volume", "slab", "planar"] | None = None
+    licence: str = "not stated"
+    attribution: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("name") and data.get("path"):
+            path = Path(data["path"])
+            stem = path.stem if path.suffix else path.name
+            data = {**data, "name": re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:40] or "source"}
+        return data
+
+    @field_validator("subject_pattern")
+    @classmethod
+    def _one_group(cls, value: str | None) -> str | None:
+        if value is not None and re.compile(value).groups != 1:
+            raise ValueError("needs exactly one group ( ), which is the subject")
+        return value
+
+    @field_validator("spacing")
+    @classmethod
+    def _positive(cls, value: Triple | None) -> Triple | None:
+        if value is not None and min(value) <= 0:
+            raise ValueError("spacing is (z, y, x) in mm, each above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> SourceConfig:
+        if self.labels and any(not 0 <= v for v in self.labels):
+            raise ValueError("label values are whole numbers from 0")
+        if self.label_threshold is not None and self.labels and len({v for v in self.labels if v}) > 1:
+            raise ValueError("label_threshold makes one class; declare one name, as labels: {1: name}")
+        if self.label_glob is not None and not self.include and "*" in self.label_glob:
+            raise ValueError("label_glob with * needs include, whose * it repeats")
+        return self
+
+    def modality_of(self, relative: str) -> str | None:
+        """Declared modality of an image, or None."""
+        return _by_glob(self.modality, relative)
+
+    def units_of(self, relative: str) -> str | None:
+        """Declared units of an image, or None."""
+        return _by_glob(self.units, relative)
+
+
+def matches(glob: str, relative: str) -> tuple[str, ...] | None:
+    """What the wildcards of ``glob`` matched in a relative path, or None. ``*`` stays inside a folder, ``**`` does not."""
+    found = _pattern(glob).fullmatch(relative)
+    return None if found is None else tuple(g or "" for g in found.groups())
+
+
+def substitute(glob: str, captured: tuple[str, ...]) -> str | None:
+    """``glob`` with its wildcards replaced in order, or None if their number differs."""
+    parts = re.split(r"\*\*/|\*\*|\*|\?", glob)
+    wild = re.findall(r"\*\*/|\*\*|\*|\?", glob)
+    if len(wild) != len(captured):
+        return None
+    return "".join(a + b for a, b in zip(parts, [*captured, ""]))
+
+
+@lru_cache(maxsize=256)
+def _pattern(glob: str) -> re.Pattern[str]:
+    out, position = "", 0
+    for found in re.finditer(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]", glob):
+        out += re.escape(glob[position : found.start()])
+        token = found.group()
+        out += {"**/": r"((?:[^/]+/)*)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}.get(token) or token.replace("[!", "[^")
+        position = found.end()
+    return re.compile(out + re.escape(glob[position:]))
+
+
+def _by_glob(value: str | Mapping[str, str] | None, relative: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    for glob, found in value.items():
+        if matches(glob, relative) is not None or ("/" not in glob and matches(glob, PurePath(relative).name) is not None):
+            return found
+    return None
