@@ -1,0 +1,189 @@
+"""Pretraining as the engine sees it: the network, its batches, its held-out evaluation and its export."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data_pipeline.stream import open_stream
+from torch import Tensor, nn
+
+from data_pipeline.geometry import PATCH
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Order
+from engine.errors import UserError
+from model.plan import AdaptationPlan
+from model.weights import ENCODER_PREFIX, save_encoder
+from pretrain.batch import Batch, Collate
+from pretrain.evaluate import HeldOut, describe
+from pretrain.mae import MaskedAutoencoder
+from pretrain.pictures import save
+from pretrain.recipe import DataConfig, PretrainRecipe
+
+
+class PretrainTask:
+    """`engine.task.Task` of masked autoencoding.
+
+    Attributes: `model`; `order` of the training crops; `held_out`, or None where the split has no samples.
+    """
+
+    def __init__(self, recipe: PretrainRecipe) -> None:
+        for kind, patch in recipe.encoder.patch.items():
+            if tuple(patch) != PATCH[kind]:
+                raise UserError(
+                    f"encoder.patch.{kind}: crops are cut for patches of {PATCH[kind]}, not {tuple(patch)}"
+                )
+        self._recipe = recipe
+        self.manifest = Manifest.open(recipe.data.root)
+        rows = select_rows(self.manifest, recipe.data, recipe.data.split)
+        seed = recipe.engine.seed
+        self.order = Order(self.manifest, rows, recipe.tokens, recipe.mixture, seed)
+        missing = {spec.geometry for spec in self.order.composition} - set(recipe.encoder.patch)
+        if missing:
+            raise UserError(
+                f"encoder.patch has no stem for {', '.join(sorted(missing))}, which {recipe.data.root} holds"
+            )
+        self.samples_per_update = self.order.batch_size
+        torch.manual_seed(seed)  # the weights' start; nothing else in the run draws from torch's generator
+        self.network = MaskedAutoencoder(recipe.encoder, recipe.objective, self.order.batch_size)
+        self.model: nn.Module = self.network
+        depth = self.network.encoder.depth
+        dtype = "float32" if (self.manifest.column("dtype") == "float32").any() else "int16"
+        self.collate = Collate(self.order.composition, recipe.objective, depth, seed, dtype=dtype)
+        held_out = select_rows(self.manifest, recipe.data, recipe.data.held_out, may_be_empty=True)
+        self.held_out = (
+            HeldOut(
+                self.manifest,
+                held_out,
+                recipe.tokens,
+                recipe.mixture,
+                recipe.objective,
+                depth,
+                recipe.evaluation,
+                dtype,
+            )
+            if len(held_out)
+            else None
+        )
+
+    def micro_steps(self, world: int) -> int:
+        """Groups a rank takes an update."""
+        return -(-self._recipe.mixture.groups // world)
+
+    def batches(self, start_update: int, rank: int, world: int) -> Iterator[Batch]:
+        """The rank's batches from `start_update` on, without end."""
+        return iter(
+            open_stream(
+                self.manifest.root, self.manifest, self.order, rank=rank, world=world,
+                start_update=start_update, workers=self._recipe.engine.workers, collate=self.collate,
+                max_damage=self._recipe.data.max_damage,
+            )
+        )  # fmt: skip
+
+    def recipe(self) -> PretrainRecipe:
+        """The resolved recipe."""
+        return self._recipe
+
+    def manifest_hash(self) -> str:
+        """Hash of the manifest."""
+        return self.manifest.hash
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Matrices decay; biases, norms, gains and single learned tokens do not (He et al. 2022)."""
+        matrices, others = [], []
+        for parameter in self.network.parameters():
+            (matrices if parameter.ndim > 1 else others).append(parameter)
+        decay = self._recipe.engine.weight_decay
+        return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+    def evaluate(self, update: int, rank: int, world: int, writer: Any) -> dict[str, float]:
+        """Held-out losses (see `HeldOut.score`); the table is printed by rank 0."""
+        if self.held_out is None:
+            return {}
+        device = next(self.network.parameters()).device
+        scores = self.held_out.score(self.model, rank, world, device)
+        if rank == 0:
+            print(f"update {update}\n{describe(scores)}", flush=True)
+        return scores
+
+    def pictures(self, update: int, rank: int, world: int, writer: Any) -> None:
+        """Reconstructions that the last `evaluate` kept, to TensorBoard and `RUN/pictures`; by rank 0."""
+        if rank == 0 and self.held_out is not None and self._recipe.run:
+            save(self.held_out.pictures, Path(self._recipe.run) / "pictures", update, writer)
+
+    def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Write `encoder.safetensors` and `plan.json` from the whole network's float32 state dict."""
+        encoder = {
+            name.removeprefix(ENCODER_PREFIX): tensor
+            for name, tensor in state.items()
+            if name.startswith(ENCODER_PREFIX)
+        }
+        save_encoder(folder, encoder, self.plan())
+
+    def plan(self) -> AdaptationPlan:
+        """The adaptation plan of this run's encoder, with a summary of what it was trained on."""
+        rows = select_rows(self.manifest, self._recipe.data, self._recipe.data.split)
+        spacing = self.manifest.column("spacing")[rows]
+        sources = set(self.manifest.column("source")[rows])
+        licences = [s for s in self.manifest.info.get("sources", []) if s.get("name") in sources]
+        return AdaptationPlan(
+            architecture=self._recipe.encoder,
+            spacing_range=(float(spacing.min()), float(spacing.max())),
+            stems=tuple(sorted({spec.geometry for spec in self.order.composition})),
+            training_data={
+                "manifest": self.manifest.hash,
+                "split": self._recipe.data.split,
+                "samples": len(rows),
+                "subjects": len(set(self.manifest.column("subject")[rows])),
+                "samples_by_modality": _counts(self.manifest.column("modality")[rows]),
+                "samples_by_source": _counts(self.manifest.column("source")[rows]),
+                "sources": licences,
+            },
+        )
+
+
+def select_rows(manifest: Manifest, data: DataConfig, split: str, may_be_empty: bool = False) -> np.ndarray:
+    """Row numbers of a split after the recipe's choice of sources and subjects.
+
+    Raises UserError where nothing is left, a source's name is unknown, or both splits are the same one.
+    """
+    if data.split == data.held_out:
+        raise UserError(f"data.held_out: {data.held_out!r} is the training split too; name another split")
+    every = set(manifest.column("source"))
+    for name in (*data.sources, *data.exclude_sources):
+        if name not in every:
+            raise UserError(
+                f"data.sources: no source {name!r} in {data.root}; it holds {', '.join(sorted(every))}"
+            )
+    rows = manifest.select(split=split)
+    source, subject = manifest.column("source")[rows], manifest.column("subject")[rows]
+    keep = ~np.isin(source, data.exclude_sources) & ~np.isin(subject, data.exclude_subjects)
+    if data.sources:
+        keep &= np.isin(source, data.sources)
+    if not keep.any() and not may_be_empty:
+        splits = ", ".join(sorted(set(manifest.column("split"))))
+        raise UserError(
+            f"{data.root}: no sample of split {split!r} is left to train on; it holds the splits {splits}"
+        )
+    return rows[keep]
+
+
+def _counts(values: np.ndarray) -> dict[str, int]:
+    names, counts = np.unique(values.astype(str), return_counts=True)
+    return {str(name): int(count) for name, count in zip(names, counts)}
+
+
+def open_task(recipe: PretrainRecipe, run: Path) -> PretrainTask:
+    """The task of a recipe whose files go to `run`.
+
+    Raises UserError for a recipe without data and for whatever is wrong with the data or the encoder.
+    """
+    if not recipe.data.root:
+        raise UserError(
+            "data.root is not set; give the shard folder: --data.root DIR (made by `medfm shards build`)"
+        )
+    return PretrainTask(recipe.model_copy(update={"run": os.fspath(run)}))
