@@ -1,8 +1,9 @@
-"""Shape arithmetic shared by the builder, the order and the model's stems: geometry class, levels, token grids, row classes.
+"""Shape arithmetic shared by the builder, the order and the model's stems: geometry class, levels, token
+grids, row classes.
 
-Pure NumPy and integers. Triples are (z, y, x) unless a name says stem order. *Stem order* is the axis order in which a stem
-reads a volume: `axes` lists the stored axes in that order, so that `stem[i] == stored[axes[i]]`; the thick axis of a slab and
-the axis of length 1 of a planar image come first.
+Pure NumPy and integers. Triples are (z, y, x) unless a name says stem order. *Stem order* is the axis order
+in which a stem reads a volume: `axes` lists the stored axes in that order, so that `stem[i] ==
+stored[axes[i]]`; the thick axis of a slab and the axis of length 1 of a planar image come first.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class TokenConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    slots: int = Field(4096, ge=1, description="token slots in a row; 4,096 is 128³ voxels, 32×256×256 or 1024²")
-    classes: tuple[int, ...] = Field((1, 2, 4, 8, 16), description="crops a row may hold, each with slots / k tokens")
+    slots: int = Field(4096, ge=1, description="token slots in a row: 4,096 is 128³, 32×256×256 or 1024²")
+    classes: tuple[int, ...] = Field(
+        (1, 2, 4, 8, 16), description="crops a row may hold, each of slots / k tokens"
+    )
 
     @field_validator("classes")
     @classmethod
@@ -49,8 +52,8 @@ class TokenConfig(BaseModel):
 def geometry_of(shape_zyx: Sequence[int], spacing_zyx: Sequence[float]) -> tuple[Kind, Triple]:
     """Geometry class of a grid and its axes in stem order, from the header alone.
 
-    An axis of length 1 makes it `planar`; a largest spacing of at least three times the middle one makes it `slab`, thick
-    axis first; anything else is a `volume` in stored order.
+    An axis of length 1 makes it `planar`; a largest spacing of at least three times the middle one makes it
+    `slab`, thick axis first; anything else is a `volume` in stored order.
     """
     shape = [int(n) for n in shape_zyx]
     spacing = [float(s) for s in spacing_zyx]
@@ -72,7 +75,7 @@ def _first(axis: int) -> Triple:
 
 
 def level_factors(kind: str, axes: Sequence[int]) -> tuple[Triple, Triple, Triple]:
-    """Reduction of levels 0, 1 and 2 along the stored (z, y, x) axes: 1, 2, 4, in-plane only for slab and planar."""
+    """Reduction of levels 0, 1 and 2 along stored (z, y, x): 1, 2, 4, in-plane only for slab and planar."""
     zoomed = [False, False, False]
     for stem_axis, stored_axis in enumerate(axes):
         zoomed[stored_axis] = ZOOMED[kind][stem_axis]
@@ -92,8 +95,8 @@ def token_count(shape_stem: Sequence[int] | np.ndarray, patch: Sequence[int]) ->
 def fit_grid(tokens_needed: Sequence[int], capacity: int) -> Triple:
     """The token grid of a crop: at most `tokens_needed` along each axis and at most `capacity` tokens in all.
 
-    As cubic in tokens as the need allows: axes shorter than the cube keep their whole length and leave their room to the
-    others; what rounding leaves over lengthens the longer axes one layer at a time.
+    As cubic in tokens as the need allows: axes shorter than the cube keep their whole length and leave their
+    room to the others; what rounding leaves over lengthens the longer axes one layer at a time.
     """
     need = [int(n) for n in tokens_needed]
     if len(need) != 3 or min(need) < 1 or capacity < 1:
@@ -127,12 +130,13 @@ def _root(n: int, degree: int) -> int:
 
 
 def row_class(tokens: int, slots: int, classes: Sequence[int] = (1, 2, 4, 8, 16)) -> int:
-    """Crops a row holds for a sample of this many tokens: the most that leave each crop room for all; 1 if none does."""
+    """Most crops a row can hold with room for a whole sample in each; 1 for a sample larger than a row."""
     return max((k for k in classes if slots // k >= tokens), default=1)
 
 
 def fit_scale(shape_stem: Sequence[int], kind: str, capacity: int, lowest: float, highest: float) -> float:
-    """The smallest zoom in [lowest, highest] at which the whole grid fits into `capacity` tokens; `highest` if none does.
+    """The smallest zoom in [lowest, highest] at which the whole grid fits into `capacity` tokens; `highest`
+    if none does.
 
     A zoom of s makes an output voxel s voxels of the grid wide along the zoomed axes. Accurate to 1 % above.
     """
@@ -167,7 +171,7 @@ def fit_scale(shape_stem: Sequence[int], kind: str, capacity: int, lowest: float
 
 @lru_cache(maxsize=256)
 def largest_box(kind: str, capacity: int, residual: float) -> int:
-    """Most source voxels that any crop of up to `capacity` tokens can read when one output voxel spans up to `residual`."""
+    """Most voxels a crop of up to `capacity` tokens reads if an output voxel spans up to `residual` of them."""
     step = [p * (residual if zoom else 1.0) for p, zoom in zip(PATCH[kind], ZOOMED[kind])]
     most = 0
     for a in range(1, capacity + 1):
