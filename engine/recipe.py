@@ -41,31 +41,47 @@ def free(default: Any, description: str, **bounds: Any) -> Any:
 class EngineConfig(Frozen):
     """How a model is optimised, saved and logged. Fields made with `free` may differ between a run and its resume."""
 
-    updates: int = Field(1000, ge=1, description="optimizer updates in the whole run; the schedule ends there")
+    updates: int = Field(
+        1000, ge=1, description="optimizer updates in the whole run; the schedule ends there"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's decay rates of the two moments")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay; a group of the task may set its own")
+    weight_decay: float = Field(
+        0.05, ge=0, description="decoupled weight decay; a group of the task may set its own"
+    )
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 switches clipping off")
     warmup: int = Field(50, ge=0, description="updates of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: matrix products in bfloat16, weights in float32")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16: matrix products in bfloat16, weights in float32"
+    )
     seed: int = Field(0, ge=0, description="of every random choice of the run")
-    max_bad_updates: int = Field(20, ge=1, description="non-finite updates in a row after which the run fails")
-    zero_stage: Literal[0, 1, 2, 3] = free(1, "what DeepSpeed shards: nothing, moments, + gradients, + parameters")
+    max_bad_updates: int = Field(
+        20, ge=1, description="non-finite updates in a row after which the run fails"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = free(
+        1, "what DeepSpeed shards: nothing, moments, + gradients, + parameters"
+    )
     activation_checkpointing: bool = free(False, "recompute blocks in the backward pass to save memory")
     compile: bool = free(False, "compile the blocks one by one with torch.compile")
     deterministic: bool = free(False, "bit-identical repeats on a GPU, slower; a CPU always repeats")
     checkpoint_every: int = free(500, "updates between checkpoints; 0 saves at the end only", ge=0)
     keep_last: int = free(2, "newest checkpoints kept", ge=1)
-    keep_every: int = free(0, "checkpoints whose update is a multiple of this are kept for ever; 0 for none", ge=0)
+    keep_every: int = free(
+        0, "checkpoints whose update is a multiple of this are kept for ever; 0 for none", ge=0
+    )
     log_every: int = free(10, "updates between log lines", ge=1)
-    evaluate_every: int = free(0, "updates between evaluations and pictures; 0 evaluates at the end only", ge=0)
+    evaluate_every: int = free(
+        0, "updates between evaluations and pictures; 0 evaluates at the end only", ge=0
+    )
     workers: int = free(1, "loader processes per rank", ge=0)
     threads: int = free(0, "CPU threads per rank; 0 leaves the default", ge=0)
     device: Literal["auto", "cpu", "cuda"] = free("auto", "auto takes CUDA where there is one")
-    hang_minutes: float = free(30.0, "minutes without an update after which the run ends as hung; 0 never", ge=0)
+    hang_minutes: float = free(
+        30.0, "minutes without an update after which the run ends as hung; 0 never", ge=0
+    )
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str], schema: type[Schema]) -> Schema:
@@ -113,7 +129,9 @@ def difference(old: BaseModel | Mapping[str, Any], new: BaseModel | Mapping[str,
     keys = [*before, *(k for k in after if k not in before)]
     absent = "(absent)"
     return "; ".join(
-        f"{k}: {before.get(k, absent)} -> {after.get(k, absent)}" for k in keys if before.get(k, absent) != after.get(k, absent)
+        f"{k}: {before.get(k, absent)} -> {after.get(k, absent)}"
+        for k in keys
+        if before.get(k, absent) != after.get(k, absent)
     )
 
 
@@ -123,7 +141,9 @@ def _identity_value(value: Any, dumped: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_identity_value(v, d) for v, d in zip(value, dumped, strict=True)]
     if isinstance(value, Mapping):
-        return {d_key: _identity_value(v, dumped[d_key]) for v, d_key in zip(value.values(), dumped, strict=True)}
+        return {
+            d_key: _identity_value(v, dumped[d_key]) for v, d_key in zip(value.values(), dumped, strict=True)
+        }
     return dumped
 
 
@@ -138,7 +158,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _read(path: Path, seen: tuple[Path, ...], origin: dict[str, str]) -> dict[str, Any]:
     resolved = path.resolve()
     if resolved in seen:
-        raise UserError(f"{path}: `base` goes round in a circle; remove one of {', '.join(p.name for p in seen)}")
+        raise UserError(
+            f"{path}: `base` goes round in a circle; remove one of {', '.join(p.name for p in seen)}"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -149,7 +171,9 @@ def _read(path: Path, seen: tuple[Path, ...], origin: dict[str, str]) -> dict[st
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
-        raise UserError(f"{path}: a recipe is a mapping of names to values; the first line should look like `engine:`")
+        raise UserError(
+            f"{path}: a recipe is a mapping of names to values; the first line should look like `engine:`"
+        )
     base = values.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"{path}: base: give the path of one recipe, not {base!r}")
@@ -210,18 +234,26 @@ def _set(tree: Any, parts: list[str], value: Any, key: str) -> None:
         tree = child
 
 
-def _one_line(error: ValidationError, schema: type[BaseModel], origin: Mapping[str, str], default: str) -> str:
+def _one_line(
+    error: ValidationError, schema: type[BaseModel], origin: Mapping[str, str], default: str
+) -> str:
     first, *others = error.errors(include_url=False)
     location = [str(part) for part in first["loc"]]
     dotted = ".".join(location)
-    file = next((origin[p] for n in range(len(location), 0, -1) if (p := ".".join(location[:n])) in origin), default)
+    file = next(
+        (origin[p] for n in range(len(location), 0, -1) if (p := ".".join(location[:n])) in origin), default
+    )
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         return f"{file}: unknown key `{dotted}`; {_nearest(location, schema)}{more}"
     if first["type"] == "missing":
         return f"{file}: `{dotted}` is missing; set it in the recipe or with --{dotted}{more}"
     message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
-    return f"{file}: {dotted}: {message}; got {first.get('input')!r}{more}" if dotted else f"{file}: {message}{more}"
+    return (
+        f"{file}: {dotted}: {message}; got {first.get('input')!r}{more}"
+        if dotted
+        else f"{file}: {message}{more}"
+    )
 
 
 def _nearest(location: list[str], schema: type[BaseModel]) -> str:
@@ -245,7 +277,11 @@ def _fields(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         yield annotation
     for argument in typing.get_args(annotation):
         yield from _models(argument)

@@ -98,9 +98,15 @@ def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
         written = read_verdict(run)
         attempt = read_attempt(run)
         if written is None or written.attempt < attempt or verdict.kind == "user":
-            write_verdict(run, Verdict(verdict.state, attempt=attempt, message=verdict.message, kind=verdict.kind))
+            write_verdict(
+                run, Verdict(verdict.state, attempt=attempt, message=verdict.message, kind=verdict.kind)
+            )
     return verdict.exit_code
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

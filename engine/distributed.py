@@ -1,0 +1,141 @@
+"""Processes: starting and ending them as one group, and the few collectives the engine itself uses."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine.errors import UserError
+from engine.recipe import EngineConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64; the same bits on every rank."""
+        vector = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(vector)
+        return [float(v) for v in vector.tolist()]
+
+    def all_agree(self, fine: bool) -> bool:
+        """True where every rank says so; also a barrier."""
+        return self.sum([0.0 if fine else 1.0])[0] == 0.0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.all_agree(True)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's JSON value, on every rank (no pickle)."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank, on every rank (no pickle)."""
+        text = json.dumps(value).encode()
+        sizes = self.sum([float(len(text)) if r == self.rank else 0.0 for r in range(self.size)])
+        mine = torch.zeros(int(max(sizes)), dtype=torch.uint8, device=self.device)
+        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return [json.loads(bytes(p[: int(n)].cpu().numpy())) for p, n in zip(parts, sizes, strict=True)]
+
+
+def pick_device(config: EngineConfig) -> torch.device:
+    """The device of this process: its own GPU, or the CPU."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "engine.device: cuda was asked for, but this machine shows no CUDA device; use auto or cpu"
+        )
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def join(config: EngineConfig) -> World:
+    """Join the processes torchrun started (or be the only one).
+
+    The group serves every later call in this process, since DeepSpeed keeps its own reference to it, and is
+    destroyed at exit: a gloo thread that outlives it aborts the interpreter now and then.
+    """
+    device = pick_device(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    seed_process(config.seed)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        wait = timedelta(minutes=max(10.0, config.hang_minutes))
+        if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+            dist.init_process_group(backend, timeout=wait)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
+        atexit.register(leave)
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device)
+
+
+def leave() -> None:
+    """Leave the group; harmless where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_process(seed: int) -> None:
+    """Seed every generator of the process; the same on all ranks, since no choice may depend on the rank."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - for code that still draws from the global generator
+
+
+@contextlib.contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Give the process its random state back afterwards."""
+    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed without its log lines and without the op it would otherwise compile when it starts."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.disable(logging.WARNING)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        logging.disable(logging.NOTSET)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name in ("DeepSpeed", "deepspeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return deepspeed

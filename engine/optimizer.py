@@ -1,0 +1,85 @@
+"""AdamW and the DeepSpeed engine around a task's model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.distributed import World, import_deepspeed
+from engine.recipe import EngineConfig
+from engine.task import Task
+from engine.zero_state import Partition, partition_of
+
+BUCKET = (
+    50_000_000  # elements reduced at a time; DeepSpeed's default of 5e8 would cost 2 GB of buffer per rank
+)
+
+
+class Autocast(nn.Module):
+    """The task's model under bfloat16 autocast.
+
+    Weights, gradients and their reduction stay float32 (so results depend little on the world size); matrix products and
+    convolutions run in bfloat16. The models keep norms, positions and losses in float32 themselves.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, enabled: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._context = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": enabled}
+
+    def forward(self, batch: Any) -> Any:
+        """The model's `(loss, metrics)`."""
+        with torch.autocast(**self._context):  # type: ignore[arg-type]
+            return self.model(batch)
+
+
+def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition]:
+    """Build AdamW and the DeepSpeed engine; returns the engine and what this rank owns of the parameters."""
+    deepspeed = import_deepspeed()
+    names: Mapping[nn.Parameter, str] = {p: n for n, p in task.model.named_parameters()}
+    groups = [g for g in task.optimizer_groups() if g["params"]]
+    adam = torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True if world.device.type == "cuda" else None,
+    )
+    prepare_model(task.model, config)
+    numel = sum(p.numel() for p in names)
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage:
+        zero["reduce_bucket_size"] = min(BUCKET, max(numel, 1024))
+    if config.zero_stage in (1, 2):
+        zero |= {"allgather_bucket_size": BUCKET, "compute_grad_norm": False}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": task.micro_steps(world.size),
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    model = Autocast(task.model, world.device, config.precision == "bf16").to(world.device)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
+    return engine, partition_of(engine, names, config.zero_stage, world.rank, world.size)
+
+
+def prepare_model(model: nn.Module, config: EngineConfig) -> None:
+    """Switch on activation checkpointing and per-block compilation where the recipe asks and the model can."""
+    if config.activation_checkpointing and callable(switch := getattr(model, "set_checkpointing", None)):
+        switch(True)
+    if config.compile:
+        blocks = getattr(model, "blocks_to_compile", None)
+        found = (
+            list(blocks())
+            if callable(blocks)
+            else [b for n, b in model.named_modules() if n.split(".")[-2:-1] == ["blocks"]]
+        )
+        for block in found:
+            block.compile()

@@ -1,0 +1,200 @@
+"""DeepSpeed's partitions seen as named slices.
+
+Whatever the ZeRO stage, a rank owns some flat ranges of some parameters, with their float32 master and both Adam moments. This file
+is the only one that knows where DeepSpeed keeps them. It also applies an update, or drops it: DeepSpeed judges overflow
+differently at each stage (not at all at stage 0 in float32), so the engine judges once and tells it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements `offset … offset + numel` of the flattened parameter `name`; the tensors are 1-d views, not copies."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class Partition:
+    """What one rank owns of the trainable parameters, at one ZeRO stage.
+
+    Args:
+        engine: the DeepSpeed engine, before its first update.
+        names: parameter -> name, of the task's model.
+        rank, world: this process and the number of them.
+    """
+
+    def __init__(self, engine: Any, names: Mapping[nn.Parameter, str], rank: int, world: int) -> None:
+        self.engine, self.names, self.rank, self.world = engine, names, rank, world
+        self.adam: torch.optim.Optimizer = engine.basic_optimizer
+        self._prepare()
+
+    def slices(self) -> Iterator[Slice]:
+        """Every slice this rank owns; over all ranks they cover each trainable parameter once."""
+        raise NotImplementedError
+
+    def gradients(self) -> list[Tensor]:
+        """Owned parts of the reduced gradient, between the last backward pass of an update and `apply`."""
+        raise NotImplementedError
+
+    def flat_parameters(self) -> list[Tensor]:
+        """The tensors AdamW steps on this rank; its state is keyed by them."""
+        raise NotImplementedError
+
+    def apply(self, scale: float) -> None:
+        """Scale the gradient (clipping) and let DeepSpeed take the optimizer step."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Forget the gradient: no weight, moment or step count changes."""
+        raise NotImplementedError
+
+    def set_steps(self, steps: int) -> None:
+        """Set Adam's step count (its bias correction) everywhere."""
+        for parameter in self.flat_parameters():
+            self.adam.state[parameter]["step"].fill_(float(steps))
+
+    def _prepare(self) -> None:
+        """Make AdamW's state now instead of at its first step, so that it can be saved and loaded at any time."""
+        fused = any(group.get("fused") or group.get("capturable") for group in self.adam.param_groups)
+        for parameter in self.flat_parameters():
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+            self.adam.state[parameter] = {
+                "step": step,
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+    def _slice(
+        self, p: nn.Parameter, shape: torch.Size, offset: int, flat: Tensor, start: int, numel: int
+    ) -> Slice:
+        state = self.adam.state[flat]
+        views = [
+            t.detach().view(-1).narrow(0, start, numel) for t in (flat, state["exp_avg"], state["exp_avg_sq"])
+        ]
+        return Slice(self.names[p], tuple(shape), offset, numel, *views)
+
+
+class Replicated(Partition):
+    """Stage 0: every rank holds everything; parameters are dealt out in turn for saving and for the norm."""
+
+    def flat_parameters(self) -> list[Tensor]:
+        return [p for group in self.adam.param_groups for p in group["params"]]
+
+    def _owned(self) -> list[nn.Parameter]:
+        return [p for p in self.names if p.requires_grad][self.rank :: self.world]
+
+    def slices(self) -> Iterator[Slice]:
+        for p in self._owned():
+            yield self._slice(p, p.shape, 0, p, 0, p.numel())
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._owned() if p.grad is not None]
+
+    def apply(self, scale: float) -> None:
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in self.flat_parameters() if p.grad is not None], scale)
+        self.engine.step()
+
+    def drop(self) -> None:
+        take_step = self.engine.optimizer.step
+        self.engine.optimizer.step = lambda *_, **__: None
+        try:
+            self.engine.step()
+        finally:
+            self.engine.optimizer.step = take_step
+
+
+class Sharded(Partition):
+    """Stages 1 and 2: parameters of a group lie end to end in one flat tensor, cut evenly over the ranks."""
+
+    def flat_parameters(self) -> list[Tensor]:
+        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+
+    def slices(self) -> Iterator[Slice]:
+        zero = self.engine.optimizer
+        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for p in group:
+                if (owned := p._hp_mapping) is not None:
+                    source, target = owned.lp_fragment_address, owned.hp_fragment_address
+                    yield self._slice(p, p.shape, source.start, flat, target.start, source.numel)
+
+    def gradients(self) -> list[Tensor]:
+        averaged = self.engine.optimizer.averaged_gradients
+        return [g for group in averaged.values() if group is not None for g in group if g is not None]
+
+    def apply(self, scale: float) -> None:
+        if scale != 1.0:
+            torch._foreach_mul_(self.gradients(), scale)
+        self.engine.step()
+
+    def drop(self) -> None:
+        zero = self.engine.optimizer
+        zero.check_grad_overflow, zero.has_overflow = True, lambda partition_gradients=True: True
+        try:
+            self.engine.step()
+        finally:
+            zero.check_grad_overflow = False
+            del zero.has_overflow
+
+
+class Scattered(Partition):
+    """Stage 3: every parameter is cut evenly over the ranks, the last parts padded; a rank's parts lie end to end in sub-groups."""
+
+    def flat_parameters(self) -> list[Tensor]:
+        return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+
+    def slices(self) -> Iterator[Slice]:
+        zero = self.engine.optimizer
+        for group in zero.fp16_groups:
+            for p in group:
+                index, start, padded = zero.grad_position[zero.get_param_id(p)]
+                offset = self.rank * int(p.ds_tensor.ds_numel)
+                numel = min(int(padded), int(p.ds_numel) - offset)
+                if numel > 0:
+                    flat = zero.fp32_partitioned_groups_flat[index]
+                    yield self._slice(p, p.ds_shape, offset, flat, int(start), numel)
+
+    def gradients(self) -> list[Tensor]:
+        averaged = self.engine.optimizer.averaged_gradients
+        return [g for group in averaged.values() if group is not None for g in group if g is not None]
+
+    def apply(self, scale: float) -> None:
+        if scale != 1.0:
+            torch._foreach_mul_(self.gradients(), scale)
+        self._step(torch.ones((), device=self.engine.device))
+
+    def drop(self) -> None:
+        self._step(torch.full((), torch.nan, device=self.engine.device))
+
+    def _step(self, norm: Tensor) -> None:
+        """DeepSpeed takes the norm it would compute again (two more reductions) from here; NaN makes it drop the update."""
+        zero = self.engine.optimizer
+        zero._get_norm_groups = lambda: [norm]
+        try:
+            self.engine.step()
+        finally:
+            del zero._get_norm_groups
+
+
+def partition_of(
+    engine: Any, names: Mapping[nn.Parameter, str], stage: int, rank: int, world: int
+) -> Partition:
+    """The partition of a DeepSpeed engine at a ZeRO stage."""
+    kind = Replicated if stage == 0 else Scattered if stage == 3 else Sharded
+    return kind(engine, names, rank, world)

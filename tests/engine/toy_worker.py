@@ -1,0 +1,128 @@
+"""A small task with two data-dependent branches, and the worker that the tests start under torchrun.
+
+Samples come from a counter-based stream, in groups; a rank takes whole groups. Group g holds only samples of one kind (so ranks
+see different branches), and a rank without a group gets an empty batch: both feed zero rows to what they do not use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine.recipe import EngineConfig, Frozen, load_recipe
+from engine.train import train
+from engine.verdict import run_worker
+
+GROUPS, PER_GROUP, WIDTH = 3, 2, 12
+
+
+class ToyRecipe(Frozen):
+    engine: EngineConfig = EngineConfig()
+    hidden: int = Field(7, ge=1)  # odd sizes, so that no partition is even
+    nan_at: tuple[int, ...] = ()  # positions whose loss is NaN on the rank that holds group 0
+    die_at: int = -1  # position before which the process kills itself
+    die_with: str = "SIGKILL"
+    frozen_part: bool = False
+
+
+class ToyModel(nn.Module):
+    def __init__(self, recipe: ToyRecipe) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.stems = nn.ModuleDict({k: nn.Linear(WIDTH, recipe.hidden) for k in ("ct", "mr")})
+        self.trunk = nn.Linear(recipe.hidden, recipe.hidden)
+        self.norm = nn.LayerNorm(recipe.hidden)
+        self.head = nn.Linear(recipe.hidden, WIDTH)
+        self.register_buffer("scale", torch.ones(1))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+        self.stems["mr"].requires_grad_(not recipe.frozen_part)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        total, metrics = torch.zeros(()), {}
+        for kind in ("ct", "mr"):
+            x = batch[kind]
+            y = self.head(torch.tanh(self.norm(self.trunk(self.stems[kind](x)).float()))).float()
+            error = (y - torch.roll(x, 1, -1)).square().mean(-1)
+            total = total + error.sum()
+            if len(x):
+                metrics[f"loss/{kind}"] = (error.sum(), torch.tensor(float(len(x))))
+        return (total + batch["poison"]) / (GROUPS * PER_GROUP), metrics
+
+
+class ToyTask:
+    samples_per_update = GROUPS * PER_GROUP
+
+    def __init__(self, recipe: ToyRecipe) -> None:
+        self.the_recipe, self.model = recipe, ToyModel(recipe)
+
+    def micro_steps(self, world: int) -> int:
+        return -(-GROUPS // world)
+
+    def batches(self, start_update: int, rank: int, world: int) -> Iterator[dict[str, Tensor]]:
+        update = start_update
+        while True:
+            if update == self.the_recipe.die_at and rank == world - 1:
+                os.kill(os.getpid(), getattr(signal, self.the_recipe.die_with))
+            for step in range(self.micro_steps(world)):
+                group = rank * self.micro_steps(world) + step
+                yield self.batch(update, group if group < GROUPS else None)
+            update += 1
+
+    def batch(self, update: int, group: int | None) -> dict[str, Tensor]:
+        out = {"ct": torch.zeros(0, WIDTH), "mr": torch.zeros(0, WIDTH), "poison": torch.zeros(())}
+        if group is not None:
+            draws = np.random.Generator(np.random.Philox(key=[update, group])).standard_normal((PER_GROUP, WIDTH))
+            out["ct" if (group + update) % 2 else "mr"] = torch.from_numpy(draws).float()
+        if group == 0 and update in self.the_recipe.nan_at:
+            out["poison"] = torch.tensor(float("nan"))
+        return out
+
+    def recipe(self) -> ToyRecipe:
+        return self.the_recipe
+
+    def manifest_hash(self) -> str:
+        return "toy"
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0, "lr_scale": 0.5},
+        ]
+
+    def evaluate(self, update: int, rank: int, world: int, writer: Any) -> dict[str, float]:
+        torch.rand(5), np.random.rand(3)  # noqa: NPY002 - must not change training
+        return {"loss": float(sum(self.model(self.batch(10_000 + g, g))[0] for g in range(GROUPS)))}
+
+    def pictures(self, update: int, rank: int, world: int, writer: Any) -> None:
+        writer.add_image("noise", torch.rand(1, 4, 4), update)
+
+    def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        save_file(dict(state), folder / "encoder.safetensors")
+        (folder / "plan.json").write_text("{}")
+
+
+def one(run: str, words: list[str]) -> int:
+    def body() -> Any:
+        recipe = load_recipe(None, words, ToyRecipe)
+        return train(ToyTask(recipe), recipe.engine, run, continue_as=os.environ.get("CONTINUE_AS"))
+
+    return run_worker(body, Path(run))
+
+
+if __name__ == "__main__":
+    # Several runs in one process, since importing DeepSpeed takes seconds: a JSON list of [run, [words]].
+    codes = [one(run, words) for run, words in json.loads(sys.argv[1])]
+    sys.exit(max(codes))
