@@ -61,13 +61,17 @@ def msd(src: SourceConfig) -> list[Case]:
     modality = _modalities(names, src)
     values, regions, ignore = parse_labels(info.get("labels") or {}, src.path / "dataset.json")
     cases = []
-    listed = [(entry, None) for entry in info.get("training", [])] + [(entry, "test") for entry in info.get("test", [])]
+    listed = [(entry, None) for entry in info.get("training", [])] + [
+        (entry, "test") for entry in info.get("test", [])
+    ]
     for entry, split in listed:
         image = src.path / (entry["image"] if isinstance(entry, dict) else entry)
         label = src.path / entry["label"] if isinstance(entry, dict) and entry.get("label") else None
         if not _selected(src, relative(image, src.path)):
             continue
-        cases.append(_described(src, (image,), label, split, stem(image), names, modality, values, regions, ignore))
+        cases.append(
+            _described(src, (image,), label, split, stem(image), names, modality, values, regions, ignore)
+        )
     return cases
 
 
@@ -102,7 +106,9 @@ def table(src: SourceConfig) -> list[Case]:
     columns = [c for c in header if c == "image" or re.fullmatch(r"image_\w+", c)]
     if not columns:
         near = get_close_matches("image", header, 1, 0.5)
-        raise UserError(f"{src.path}: no column 'image'{f' (did you mean {near[0]!r}?)' if near else ''}; columns: {header}")
+        raise UserError(
+            f"{src.path}: no column 'image'{f' (did you mean {near[0]!r}?)' if near else ''}; columns: {header}"
+        )
     for column in set(header) - set(COLUMNS) - set(columns):
         if near := get_close_matches(column, COLUMNS, 1, 0.8):
             raise UserError(f"{src.path}: column {column!r}: did you mean {near[0]!r}?")
@@ -119,7 +125,9 @@ def table(src: SourceConfig) -> list[Case]:
         stated = [m.strip() for m in row.get("modality", "").split(";") if m.strip()]
         modality = tuple(_word(m) or m for m in stated) or ((m,) if (m := src.modality_of(files[0])) else ())
         if not modality and not files[0].lower().endswith(DICOM):
-            raise UserError(f"{src.path}: no modality for {files[0]}; add a column modality, or state modality: CT, MR, XR or PT")
+            raise UserError(
+                f"{src.path}: no modality for {files[0]}; add a column modality, or state modality: CT, MR, XR or PT"
+            )
         label = row.get("label", "")
         cases.append(
             Case(
@@ -175,7 +183,9 @@ def dicom_tree(src: SourceConfig) -> list[Case]:
             )
         )  # fmt: skip
     for path, error in bad:
-        cases.append(Case(src.name, (path,), None, path.parent.name, None, (), name=stem(path), refused=error))
+        cases.append(
+            Case(src.name, (path,), None, path.parent.name, None, (), name=stem(path), refused=error)
+        )
     return cases
 
 
@@ -229,7 +239,9 @@ def _modalities(names: tuple[str, ...], src: SourceConfig) -> tuple[str, ...]:
     found = [_word(n) or (src.modality if isinstance(src.modality, str) else None) for n in names]
     if None in found and not isinstance(src.modality, dict):
         unclear = names[found.index(None)]
-        raise UserError(f"{src.path}: channel {unclear!r} does not name a modality; state modality: CT, MR, XR or PT")
+        raise UserError(
+            f"{src.path}: channel {unclear!r} does not name a modality; state modality: CT, MR, XR or PT"
+        )
     return tuple(f for f in found if f is not None)
 
 

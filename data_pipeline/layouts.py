@@ -57,7 +57,9 @@ def discover(src: SourceConfig) -> list[Case]:
     layout = formats.detect(src) if src.layout == "auto" else src.layout
     cases = finders[layout](src)
     if not cases:
-        raise UserError(f"{src.path}: no images found in layout {layout}; readable: {' '.join(SUFFIXES)} and DICOM")
+        raise UserError(
+            f"{src.path}: no images found in layout {layout}; readable: {' '.join(SUFFIXES)} and DICOM"
+        )
     return _assign_subjects(src, [_declare(src, case) for case in cases])
 
 
@@ -123,13 +125,17 @@ def _declare(src: SourceConfig, case: Case) -> Case:
         changes["modality"] = (declared,)
     elif declared is not None:
         changes["modality"] = (declared,) * max(1, len(case.modality))
-    elif isinstance(src.modality, dict) and not case.modality and src.layout != "dicom" and case.series is None:
+    elif (
+        isinstance(src.modality, dict) and not case.modality and src.layout != "dicom" and case.series is None
+    ):
         raise UserError(f"{case.images[0]}: no glob of modality in source {src.name!r} matches this image")
     values, regions = src.labels or case.label_values, src.regions or case.label_regions
     if src.labels is not None and src.regions is None:
         regions = None
     if case.label is not None and values is None and regions is None:
-        raise UserError(f"{case.label}: source {src.name!r} has labels but no names; state labels: {{1: name, ...}}")
+        raise UserError(
+            f"{case.label}: source {src.name!r} has labels but no names; state labels: {{1: name, ...}}"
+        )
     ignore = frozenset(src.ignore) | case.ignore
     if regions is None and values is not None:
         values = {v: n for v, n in values.items() if v != 0 and v not in ignore}
@@ -137,7 +143,9 @@ def _declare(src: SourceConfig, case: Case) -> Case:
         regions = {name: tuple(v for v, n in values.items() if n == name) for name in names}
     names = list(regions or ())
     if src.annotated is not None and (unknown := set(src.annotated) - set(names)):
-        raise UserError(f"source {src.name!r}: annotated names {sorted(unknown)} are not among its labels {names}")
+        raise UserError(
+            f"source {src.name!r}: annotated names {sorted(unknown)} are not among its labels {names}"
+        )
     split = next((s for glob, s in (src.splits or {}).items() if matches(glob, rel) is not None), case.split)
     return replace(
         case, label_values=values, label_regions=regions, ignore=ignore, split=split,
@@ -151,14 +159,18 @@ def _assign_subjects(src: SourceConfig, cases: list[Case]) -> list[Case]:
         groups = _subjects_table(src.subjects)
         missing = [c.name for c in cases if c.name not in groups]
         if missing:
-            raise UserError(f"{src.subjects}: {len(missing)} of {len(cases)} cases are not listed, first {missing[0]!r}")
+            raise UserError(
+                f"{src.subjects}: {len(missing)} of {len(cases)} cases are not listed, first {missing[0]!r}"
+            )
         return [replace(c, subject=groups[c.name]) for c in cases]
     if src.subject_pattern is not None:
         pattern = re.compile(src.subject_pattern)
         found = [pattern.search(relative(c.images[0], src.path)) for c in cases]
         if None in found:
             bad = cases[found.index(None)].images[0]
-            raise UserError(f"{bad}: subject_pattern {src.subject_pattern!r} of source {src.name!r} does not match")
+            raise UserError(
+                f"{bad}: subject_pattern {src.subject_pattern!r} of source {src.name!r} does not match"
+            )
         return [replace(c, subject=m.group(1)) for c, m in zip(cases, found) if m is not None]
     # Where file names repeat from folder to folder (S1/ct, S2/ct), the folder is the subject; else the file is.
     names = Counter(c.name for c in cases)

@@ -24,9 +24,47 @@ OLDEST = 89
 VENDORS = ("agfa", "canon", "carestream", "elekta", "fujifilm", "ge", "hitachi", "hologic", "konica", "mediso", "philips",
            "shimadzu", "siemens", "toshiba", "united imaging", "varian")  # fmt: skip
 BODY_PARTS = frozenset(
-    "ABDOMEN ABDOMENPELVIS ANKLE ARM BRAIN BREAST CHEST CHESTABDOMEN CHESTABDPELVIS CSPINE ELBOW EXTREMITY FEMUR FOOT"
-    " FOREARM HAND HEAD HEADNECK HEART HIP KIDNEY KNEE LEG LIVER LSPINE LUNG MEDIASTINUM NECK ORBIT PANCREAS PELVIS"
-    " PROSTATE SHOULDER SKULL SPINE TSPINE UTERUS WHOLEBODY WRIST".split()
+    [
+        "ABDOMEN",
+        "ABDOMENPELVIS",
+        "ANKLE",
+        "ARM",
+        "BRAIN",
+        "BREAST",
+        "CHEST",
+        "CHESTABDOMEN",
+        "CHESTABDPELVIS",
+        "CSPINE",
+        "ELBOW",
+        "EXTREMITY",
+        "FEMUR",
+        "FOOT",
+        "FOREARM",
+        "HAND",
+        "HEAD",
+        "HEADNECK",
+        "HEART",
+        "HIP",
+        "KIDNEY",
+        "KNEE",
+        "LEG",
+        "LIVER",
+        "LSPINE",
+        "LUNG",
+        "MEDIASTINUM",
+        "NECK",
+        "ORBIT",
+        "PANCREAS",
+        "PELVIS",
+        "PROSTATE",
+        "SHOULDER",
+        "SKULL",
+        "SPINE",
+        "TSPINE",
+        "UTERUS",
+        "WHOLEBODY",
+        "WRIST",
+    ]
 )
 #: Numeric DICOM fields kept, as numbers.
 NUMBERS = (
@@ -58,7 +96,9 @@ class KeyedHash:
 
     def __init__(self, key: bytes) -> None:
         if len(key) < 16:
-            raise UserError("the hash key is shorter than 16 bytes; delete hash.key in the private folder to make another")
+            raise UserError(
+                "the hash key is shorter than 16 bytes; delete hash.key in the private folder to make another"
+            )
         self._key = bytes(key)
 
     @classmethod
@@ -109,7 +149,7 @@ def technical_fields(header: Dataset, notes: Mapping[str, str] | None = None) ->
     found = dict(notes or {})
     for name in NUMBERS:
         try:
-            found[name] = f"{float(header.get(name)):.6g}"  # type: ignore[arg-type]
+            found[name] = f"{float(header.get(name)):.6g}"
         except (TypeError, ValueError, AttributeError):
             continue
     for name in CODES:

@@ -27,27 +27,39 @@ class SourceConfig(BaseModel):
     name: str = Field("", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="short name in manifest and reports")
     layout: Layout = "auto"
     modality: Modality | dict[str, Modality] | None = None
-    units: Units | dict[str, Units] | None = Field(None, description="real units, where the format does not say")
+    units: Units | dict[str, Units] | None = Field(
+        None, description="real units, where the format does not say"
+    )
     include: tuple[str, ...] = Field((), description="globs of image files; empty: every image file")
     exclude: tuple[str, ...] = ()
     spacing: Triple | None = Field(None, description="(z, y, x) mm, for files that state none")
-    field_mm: float | None = Field(None, gt=0, description="width of a picture's field where spacing is unknown")
+    field_mm: float | None = Field(
+        None, gt=0, description="width of a picture's field where spacing is unknown"
+    )
     accept_no_form: bool = Field(False, description="take NIfTI without sform and qform by spacing alone")
     accept_secondary: bool = Field(False, description="take DICOM with ImageType SECONDARY")
     more_frames: int = Field(3, ge=0, description="frames of a 4D series beside the first")
     burned_in: Literal["accept", "quarantine", "mask"] | None = None
 
     labels: dict[int, str] | None = Field(None, description="value: name, where no dataset file says so")
-    regions: dict[str, tuple[int, ...]] | None = Field(None, description="name: values, for overlapping classes")
-    label_glob: str | None = Field(None, description="label file; its * stand for what those of include matched")
+    regions: dict[str, tuple[int, ...]] | None = Field(
+        None, description="name: values, for overlapping classes"
+    )
+    label_glob: str | None = Field(
+        None, description="label file; its * stand for what those of include matched"
+    )
     label_threshold: float | None = Field(None, description="values at or above are the one declared class")
     label_geometry: Literal["image", "header"] | None = None
     label_origin: Literal["human", "model", "unknown"] = "unknown"
-    annotated: tuple[str, ...] | None = Field(None, description="names that were looked for; None: all declared")
+    annotated: tuple[str, ...] | None = Field(
+        None, description="names that were looked for; None: all declared"
+    )
     ignore: tuple[int, ...] = Field((), description="label values that are neither class nor background")
 
     subjects: Path | None = Field(None, description="csv with columns case,group")
-    subject_pattern: str | None = Field(None, description="regular expression on the relative path; group 1 is the subject")
+    subject_pattern: str | None = Field(
+        None, description="regular expression on the relative path; group 1 is the subject"
+    )
     splits: dict[str, str] | None = Field(None, description="{glob: split}; other files are split by subject")
     split: dict[str, float] | None = Field(None, description="fractions for this source")
     geometry: Literal["volume", "slab", "planar"] | None = None
@@ -79,7 +91,7 @@ class SourceConfig(BaseModel):
 
     @model_validator(mode="after")
     def _labels_fit(self) -> SourceConfig:
-        if self.labels and any(not 0 <= v for v in self.labels):
+        if self.labels and any(not v >= 0 for v in self.labels):
             raise ValueError("label values are whole numbers from 0")
         if self.label_threshold is not None and self.labels and len({v for v in self.labels if v}) > 1:
             raise ValueError("label_threshold makes one class; declare one name, as labels: {1: name}")
@@ -117,7 +129,9 @@ def _pattern(glob: str) -> re.Pattern[str]:
     for found in re.finditer(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]", glob):
         out += re.escape(glob[position : found.start()])
         token = found.group()
-        out += {"**/": r"((?:[^/]+/)*)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}.get(token) or token.replace("[!", "[^")
+        out += {"**/": r"((?:[^/]+/)*)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}.get(
+            token
+        ) or token.replace("[!", "[^")
         position = found.end()
     return re.compile(out + re.escape(glob[position:]))
 
@@ -126,6 +140,8 @@ def _by_glob(value: str | Mapping[str, str] | None, relative: str) -> str | None
     if value is None or isinstance(value, str):
         return value
     for glob, found in value.items():
-        if matches(glob, relative) is not None or ("/" not in glob and matches(glob, PurePath(relative).name) is not None):
+        if matches(glob, relative) is not None or (
+            "/" not in glob and matches(glob, PurePath(relative).name) is not None
+        ):
             return found
     return None

@@ -56,12 +56,16 @@ class Volume:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.voxels.ndim != 4 or not len(self.channels) == self.voxels.shape[0] == len(self.slope) == len(self.intercept):
+        if self.voxels.ndim != 4 or not len(self.channels) == self.voxels.shape[0] == len(self.slope) == len(
+            self.intercept
+        ):
             raise ValueError(f"voxels of shape {self.voxels.shape} do not fit {len(self.channels)} channels")
         if self.invalid is not None and self.invalid.shape != self.voxels.shape:
             raise ValueError(f"invalid has shape {self.invalid.shape}, voxels {self.voxels.shape}")
         if tuple(self.source_shape[a] for a in self.axes) != self.shape:
-            raise ValueError(f"axes {self.axes} do not take the source shape {self.source_shape} to {self.shape}")
+            raise ValueError(
+                f"axes {self.axes} do not take the source shape {self.source_shape} to {self.shape}"
+            )
 
     @staticmethod
     def on_grid(
@@ -101,7 +105,11 @@ class Volume:
         """The same voxels with axes permuted and flipped to the nearest L, P, S order (C-contiguous)."""
         order, turned = nearest_lps(self.affine)
         if order == (0, 1, 2) and not any(turned):
-            return self if self.voxels.flags.c_contiguous else replace(self, voxels=np.ascontiguousarray(self.voxels))
+            return (
+                self
+                if self.voxels.flags.c_contiguous
+                else replace(self, voxels=np.ascontiguousarray(self.voxels))
+            )
         affine = self.affine.copy()
         for n in range(3):  # n counts canonical array axes z, y, x; matrix columns count x, y, z
             column = self.affine[:3, 2 - order[n]]
@@ -111,11 +119,15 @@ class Volume:
         return replace(
             self,
             voxels=np.ascontiguousarray(_permute(self.voxels, order, turned)),
-            invalid=None if self.invalid is None else np.ascontiguousarray(_permute(self.invalid, order, turned)),
+            invalid=None
+            if self.invalid is None
+            else np.ascontiguousarray(_permute(self.invalid, order, turned)),
             affine=affine,
             spacing=cast("Triple", tuple(self.spacing[a] for a in order)),
             axes=cast("tuple[int, int, int]", tuple(self.axes[a] for a in order)),
-            flips=cast("tuple[bool, bool, bool]", tuple(bool(self.flips[a] ^ t) for a, t in zip(order, turned))),
+            flips=cast(
+                "tuple[bool, bool, bool]", tuple(bool(self.flips[a] ^ t) for a, t in zip(order, turned))
+            ),
         )
 
     def from_source(self, array_zyx: np.ndarray) -> np.ndarray:
@@ -127,7 +139,7 @@ class Volume:
         """Map an array (..., z, y, x) on this volume's grid to the grid as read (C-contiguous)."""
         _check_shape(array_zyx, self.shape, "volume's")
         lead = array_zyx.ndim - 3
-        unflipped = np.flip(array_zyx, [lead + n for n in range(3) if self.flips[n]])
+        unflipped = np.flip(array_zyx, tuple(lead + n for n in range(3) if self.flips[n]))
         inverse = [lead + self.axes.index(n) for n in range(3)]
         return np.ascontiguousarray(unflipped.transpose(*range(lead), *inverse))
 
@@ -163,7 +175,9 @@ def nearest_lps(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, b
 def corner_distance(a: np.ndarray, b: np.ndarray, shape_zyx: tuple[int, int, int]) -> float:
     """Largest distance, over the eight corners, between two grids of one shape, in voxels of the finer axis of ``a``."""
     z, y, x = shape_zyx
-    corners = np.array([(i, j, k, 1.0) for i in (-0.5, x - 0.5) for j in (-0.5, y - 0.5) for k in (-0.5, z - 0.5)])
+    corners = np.array(
+        [(i, j, k, 1.0) for i in (-0.5, x - 0.5) for j in (-0.5, y - 0.5) for k in (-0.5, z - 0.5)]
+    )
     offset = corners @ (np.linalg.inv(a) @ b - np.eye(4)).T
     return float(np.abs(offset[:, :3]).max())
 
@@ -171,7 +185,7 @@ def corner_distance(a: np.ndarray, b: np.ndarray, shape_zyx: tuple[int, int, int
 def _permute(array: np.ndarray, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]) -> np.ndarray:
     lead = array.ndim - 3
     permuted = array.transpose(*range(lead), *(lead + a for a in axes))
-    return np.flip(permuted, [lead + n for n in range(3) if flips[n]])
+    return np.flip(permuted, tuple(lead + n for n in range(3) if flips[n]))
 
 
 def _check_shape(array: np.ndarray, shape: tuple[int, int, int], what: str) -> None:

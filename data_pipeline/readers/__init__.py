@@ -117,10 +117,14 @@ def read_channels(
             raise Quarantined("channel_grid", f"channel {n} lies {apart:.2f} voxels from channel 0", paths[n])
     invalid = None
     if any(v.invalid is not None for v in volumes):
-        invalid = np.concatenate([np.zeros(v.voxels.shape, bool) if v.invalid is None else v.invalid for v in volumes])
+        invalid = np.concatenate(
+            [np.zeros(v.voxels.shape, bool) if v.invalid is None else v.invalid for v in volumes]
+        )
     return replace(
         first,
-        voxels=np.concatenate([v.voxels.astype(np.result_type(*(u.voxels for u in volumes)), copy=False) for v in volumes]),
+        voxels=np.concatenate(
+            [v.voxels.astype(np.result_type(*(u.voxels for u in volumes)), copy=False) for v in volumes]
+        ),
         channels=tuple(c for v in volumes for c in v.channels),
         slope=tuple(s for v in volumes for s in v.slope),
         intercept=tuple(s for v in volumes for s in v.intercept),
@@ -140,7 +144,10 @@ class _Options:
 
     def decode(self, path: Path) -> Raw:
         return decode(
-            path, accept_no_form=self.accept_no_form, series=self.series, accept_secondary=self.accept_secondary
+            path,
+            accept_no_form=self.accept_no_form,
+            series=self.series,
+            accept_secondary=self.accept_secondary,
         )
 
     def volume(self, raw: Raw, frames: Sequence[int] | range, names: Sequence[str] | None) -> Volume:
@@ -188,7 +195,9 @@ class _Options:
             pixel = self.field_mm / raw.frames.shape[-1]
             mm, source = (pixel, pixel, pixel), "assumed"
         else:
-            raise Quarantined("no_spacing", "state spacing: [z, y, x] in mm, or field_mm: the width of the picture")
+            raise Quarantined(
+                "no_spacing", "state spacing: [z, y, x] in mm, or field_mm: the width of the picture"
+            )
         scaled = raw.affine.copy()
         scaled[:3, :3] = raw.affine[:3, :3] * np.array(mm[::-1], dtype=np.float64)
         return check_affine(scaled), cast("SpacingSource", source)
@@ -259,7 +268,11 @@ def _separate_invalid(
         valid = ~invalid[n]
         if not valid.any():
             raise Quarantined("no_valid_voxels")
-        lowest = voxels[n].min(where=valid, initial=_highest(voxels.dtype)) if slope > 0 else voxels[n][valid].max()
+        lowest = (
+            voxels[n].min(where=valid, initial=_highest(voxels.dtype))
+            if slope > 0
+            else voxels[n][valid].max()
+        )
         voxels[n][invalid[n]] = lowest
     return voxels, invalid
 

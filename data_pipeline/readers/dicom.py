@@ -24,7 +24,22 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PT", "CR": "XR", "DX": "XR", "RG": "XR", "MG": "XR", "XR": "XR"}
-NOT_IMAGES = {"RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "FID", "RWV", "DOC", "AU", "ECG"}
+NOT_IMAGES = {
+    "RTSTRUCT",
+    "RTPLAN",
+    "RTDOSE",
+    "RTRECORD",
+    "SEG",
+    "SR",
+    "PR",
+    "KO",
+    "REG",
+    "FID",
+    "RWV",
+    "DOC",
+    "AU",
+    "ECG",
+}
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame children .1 to .4
 EVEN = 0.05  # largest deviation of a slice distance, as a share of the median
 DRIFT = 0.5  # largest sideways shift of a slice against the first, in in-plane pixels
@@ -99,7 +114,9 @@ def decode(path: Path, *, series: str | None = None, accept_secondary: bool = Fa
         header = _header(file, with_pixels=True)
         code = refusal(header, accept_secondary)
         if code is not None:
-            raise Quarantined(code, f"Modality {header.get('Modality', '')!s:.16}" if "modality" in code else "")
+            raise Quarantined(
+                code, f"Modality {header.get('Modality', '')!s:.16}" if "modality" in code else ""
+            )
         datasets.append(header)
     first = datasets[0]
     if "PixelData" not in first and "FloatPixelData" not in first:
@@ -120,7 +137,9 @@ def _files_of_series(folder: Path, series: str | None) -> tuple[Path, ...]:
         found = [s for s in found if s.uid == series]
     images = [s for s in found if s.code is None]
     if len(images) > 1:
-        raise Quarantined("several_series", f"{len(images)} image series; name one, or build the folder as layout dicom")
+        raise Quarantined(
+            "several_series", f"{len(images)} image series; name one, or build the folder as layout dicom"
+        )
     if images:
         return images[0].files
     if found:
@@ -147,7 +166,13 @@ def _header(path: Path, with_pixels: bool = False) -> Dataset:
         header = pydicom.dcmread(path, stop_before_pixels=not with_pixels, force=True)
         if "SOPClassUID" not in header and "Modality" not in header:
             raise Quarantined("unreadable", "no DICOM header", path)
-        for name in ("Modality", "ImageType", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing"):
+        for name in (
+            "Modality",
+            "ImageType",
+            "ImageOrientationPatient",
+            "ImagePositionPatient",
+            "PixelSpacing",
+        ):
             header.get(name)  # values are parsed when first touched, and may not parse
     except Quarantined:
         raise
@@ -214,7 +239,11 @@ def _slice(
         raise Quarantined("no_geometry", "no image orientation or position")
     vectors = np.array([float(v) for v in orientation]).reshape(2, 3)
     lengths = np.linalg.norm(vectors, axis=1)
-    if not np.isfinite(vectors).all() or np.abs(lengths - 1).max() > 0.01 or abs(vectors[0] @ vectors[1]) > 0.01:
+    if (
+        not np.isfinite(vectors).all()
+        or np.abs(lengths - 1).max() > 0.01
+        or abs(vectors[0] @ vectors[1]) > 0.01
+    ):
         raise Quarantined("bad_geometry", "row and column directions are not at right angles")
     vectors /= lengths[:, np.newaxis]
     rows, columns = int(ds.Rows), int(ds.Columns)
@@ -276,11 +305,15 @@ def _step(slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
     drift = np.abs(sideways @ slices[0].orientation.T) / np.array(slices[0].pixel[::-1])
     if drift.max() > DRIFT:
         angle = np.degrees(np.arctan2(np.linalg.norm(sideways[-1]), abs(along[-1])))
-        raise Quarantined("gantry_tilt", f"slices shift by up to {drift.max():.1f} pixels ({angle:.1f} degrees)")
+        raise Quarantined(
+            "gantry_tilt", f"slices shift by up to {drift.max():.1f} pixels ({angle:.1f} degrees)"
+        )
     gaps = np.diff(along)
     median = float(np.median(gaps))
     if len(gaps) == 1 and slices[0].thickness and median > 3 * slices[0].thickness:
-        raise Quarantined("missing_slices", f"2 slices {median:.2f} mm apart, {slices[0].thickness:.2f} mm thick")
+        raise Quarantined(
+            "missing_slices", f"2 slices {median:.2f} mm apart, {slices[0].thickness:.2f} mm thick"
+        )
     if (off := np.abs(gaps - median) > max(EVEN * median, 1e-2)).any():
         ratios = gaps[off] / median
         whole = (ratios > 1.5).all() and np.abs(ratios - np.round(ratios)).max() < 0.1
@@ -292,7 +325,9 @@ def _step(slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
 def _projection(datasets: list[Dataset]) -> Raw:
     """A radiograph: depth 1, spacing at the detector or calibrated, no place in the patient."""
     if len(datasets) > 1:
-        raise Quarantined("several_series", f"{len(datasets)} radiographs in one series; read the files one by one")
+        raise Quarantined(
+            "several_series", f"{len(datasets)} radiographs in one series; read the files one by one"
+        )
     ds = datasets[0]
     if int(ds.get("NumberOfFrames", 1) or 1) > 1:
         raise Quarantined("unsupported_layout", "a radiograph of several frames")

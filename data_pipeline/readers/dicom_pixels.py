@@ -69,7 +69,9 @@ def decode(sources: Sequence[Source], modality: str) -> Pixels:
         slope, intercept = pairs[0]
         if padding is not None:  # padding inside the range of air cannot be told from air
             padding &= array * slope + intercept < -1024
-        return Pixels(array, slope, intercept, units, padding if padding is not None and padding.any() else None, notes)
+        return Pixels(
+            array, slope, intercept, units, padding if padding is not None and padding.any() else None, notes
+        )
     notes["rescale"] = "per slice"
     real = np.empty(array.shape, np.float32)
     for n, (slope, intercept) in enumerate(pairs):
@@ -91,11 +93,17 @@ def _stored(ds: Dataset) -> np.ndarray:
         array = ds.pixel_array
     except Exception as error:  # each decoder plugin raises its own
         text = str(error).lower()
-        short = any(word in text for word in ("less than expected", "truncated", "end of", "too short", "not enough"))
-        raise Quarantined("truncated" if short else "unreadable", f"pixels: {type(error).__name__}") from error
+        short = any(
+            word in text for word in ("less than expected", "truncated", "end of", "too short", "not enough")
+        )
+        raise Quarantined(
+            "truncated" if short else "unreadable", f"pixels: {type(error).__name__}"
+        ) from error
     if array.dtype.kind not in "iu":
         return array
-    return significant_bits(array, int(ds.BitsStored), int(ds.get("HighBit", ds.BitsStored - 1)), bool(ds.PixelRepresentation))
+    return significant_bits(
+        array, int(ds.BitsStored), int(ds.get("HighBit", ds.BitsStored - 1)), bool(ds.PixelRepresentation)
+    )
 
 
 def significant_bits(array: np.ndarray, stored: int, high: int, signed: bool) -> np.ndarray:
@@ -140,7 +148,10 @@ def _rescale(ds: Dataset, groups: tuple[Dataset, ...]) -> tuple[float, float] | 
     slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
     if slope in (None, "") and intercept in (None, ""):
         return None
-    pair = float(slope if slope not in (None, "") else 1.0), float(intercept if intercept not in (None, "") else 0.0)
+    pair = (
+        float(slope if slope not in (None, "") else 1.0),
+        float(intercept if intercept not in (None, "") else 0.0),
+    )
     if pair[0] == 0.0 or not np.isfinite(pair).all():
         raise Quarantined("unreadable", "a rescale slope of zero")
     return pair
@@ -188,7 +199,9 @@ def _seconds_since_injection(datasets: Sequence[Dataset], isotope: Dataset) -> f
     ds = datasets[0]
     start = min(_time(d.SeriesDate, d.SeriesTime) for d in datasets)
     acquired = min(_time(d.AcquisitionDate, d.AcquisitionTime) for d in datasets if d.get("AcquisitionTime"))
-    start = acquired if acquired < start else start  # the series time is that of later processing on some scanners
+    start = (
+        acquired if acquired < start else start
+    )  # the series time is that of later processing on some scanners
     if isotope.get("RadiopharmaceuticalStartDateTime"):
         text = str(isotope.RadiopharmaceuticalStartDateTime)
         injected = _time(text[:8], text[8:])

@@ -22,7 +22,9 @@ def decode(path: Path) -> Raw:
         array = sitk.GetArrayFromImage(image)
     except Exception as error:  # SimpleITK raises RuntimeError for everything
         text = str(error).lower()
-        short = any(word in text for word in ("truncated", "could not read", "not enough", "file is too short", "eof"))
+        short = any(
+            word in text for word in ("truncated", "could not read", "not enough", "file is too short", "eof")
+        )
         raise Quarantined("truncated" if short else "unreadable", type(error).__name__) from error
     if array.dtype.kind not in "iuf":
         raise Quarantined("unsupported_layout", f"voxels of type {array.dtype}")
@@ -56,7 +58,9 @@ def header_fields(path: Path) -> dict[str, str]:
         text = line.strip().decode("latin-1")
         if not text:  # NRRD: the voxels follow an empty line
             break
-        key, separator, value = text.partition("=") if "=" in text and ":" not in text.split("=")[0] else text.partition(":")
+        key, separator, value = (
+            text.partition("=") if "=" in text and ":" not in text.split("=")[0] else text.partition(":")
+        )
         if separator:
             fields[key.strip().lower()] = value.lstrip("=").strip()
         if key.strip().lower() == "elementdatafile":

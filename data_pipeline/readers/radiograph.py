@@ -20,16 +20,17 @@ def decode(path: Path) -> Raw:
 
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise Quarantined("unsupported_layout", f"{image.n_frames} pages")  # type: ignore[attr-defined]
+            if (pages := getattr(image, "n_frames", 1)) > 1:
+                raise Quarantined("unsupported_layout", f"{pages} pages")
             image.load()
-            if image.mode == "1":
-                image = image.convert("L")
-            elif image.mode in ("P", "PA"):
-                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-            elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
                 raise Quarantined("colour", f"mode {image.mode}")
-            array = np.asarray(image)
+            if image.mode == "1":
+                array = np.asarray(image.convert("L"))
+            elif image.mode in ("P", "PA"):
+                array = np.asarray(image.convert("RGBA" if "transparency" in image.info else "RGB"))
+            else:
+                array = np.asarray(image)
     except Quarantined:
         raise
     except UnidentifiedImageError as error:
@@ -41,7 +42,9 @@ def decode(path: Path) -> Raw:
         raise Quarantined("truncated" if truncated else "unreadable", type(error).__name__) from error
     if array.dtype == np.int32 and array.min() >= 0 and array.max() <= np.iinfo(np.uint16).max:
         array = array.astype(np.uint16)  # Pillow's mode I holds 16-bit PNGs
-    return Raw(frames=_grey(array)[np.newaxis, np.newaxis], affine=np.eye(4), spacing_known=False, has_position=False)
+    return Raw(
+        frames=_grey(array)[np.newaxis, np.newaxis], affine=np.eye(4), spacing_known=False, has_position=False
+    )
 
 
 def _grey(array: np.ndarray) -> np.ndarray:

@@ -44,5 +44,7 @@ def check_affine(affine: np.ndarray) -> np.ndarray:
     if cosines > 0.9:
         raise Quarantined("bad_geometry", "two axes are parallel")
     if cosines > 2e-3:
-        raise Quarantined("sheared", f"axes are {np.degrees(np.arcsin(cosines)):.2f} degrees off the right angle")
+        raise Quarantined(
+            "sheared", f"axes are {np.degrees(np.arcsin(cosines)):.2f} degrees off the right angle"
+        )
     return affine

@@ -1,0 +1,142 @@
+"""How the voxels of each channel become numbers a network likes: constants from the whole volume, never a crop.
+
+``v = clip(real, low, high); if compress: v = asinh(v / compress); x = (v - center) / scale``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.errors import Quarantined
+from data_pipeline.volume import Channel, Volume
+
+CT_RANGE = (-1024.0, 3071.0)
+CT_CENTER, CT_SCALE = -200.0, 500.0
+SUV_RANGE = (0.0, 100.0)
+SUV_COMPRESS, SUV_CENTER, SUV_SCALE = 1.0, 0.5, 1.0
+PERCENTILES = (0.5, 99.5)
+#: Voxels below this share of the way from the lowest to the 99th percentile are background (air) in MR and PET.
+BACKGROUND = 0.1
+#: Share of the volume that must be foreground for the background rule to hold; else all valid voxels count.
+LEAST_FOREGROUND = 0.02
+AIR_SHARE = 0.02
+
+
+class Norm(NamedTuple):
+    """Seven constants of one channel, in the order of the manifest's ``norm`` column."""
+
+    slope: float
+    intercept: float
+    low: float
+    high: float
+    center: float
+    scale: float
+    compress: float
+
+    def apply(self, stored: np.ndarray) -> np.ndarray:
+        """Normalised float64 values of stored ones (any shape)."""
+        v = np.clip(np.asarray(stored, np.float64) * self.slope + self.intercept, self.low, self.high)
+        if self.compress:
+            v = np.arcsinh(v / self.compress)
+        return (v - self.center) / self.scale
+
+
+def statistics(volume: Volume) -> list[Norm]:
+    """One `Norm` per channel.
+
+    CT in HU and PET in SUV have fixed constants. MR, X-ray and whatever is in arbitrary units are clipped at the 0.5
+    and 99.5 percentiles of the voxels that are not background and standardised over these voxels after clipping.
+    Raises `Quarantined` ``not_hounsfield`` for a CT declared or taken as HU that cannot be, ``constant``,
+    ``no_valid_voxels``.
+    """
+    return [_channel(volume, n, channel) for n, channel in enumerate(volume.channels)]
+
+
+def _channel(volume: Volume, n: int, channel: Channel) -> Norm:
+    slope, intercept = volume.slope[n], volume.intercept[n]
+    values, counts = _histogram(volume.voxels[n], None if volume.invalid is None else volume.invalid[n])
+    real = values * np.float64(slope) + intercept
+    if slope < 0:
+        real, counts = real[::-1], None if counts is None else counts[::-1]
+    if real[0] == real[-1]:
+        raise Quarantined("constant", f"{real[0]:g}")
+    if channel.modality == "CT" and channel.units == "HU":
+        _check_hounsfield(real, counts)
+        return Norm(slope, intercept, *CT_RANGE, CT_CENTER, CT_SCALE, 0.0)
+    if channel.units == "SUV":
+        return Norm(slope, intercept, *SUV_RANGE, SUV_CENTER, SUV_SCALE, SUV_COMPRESS)
+    kept, weights = _without_background(real, counts, strong=channel.modality in ("MR", "PT"))
+    low, high = _percentile(kept, weights, PERCENTILES)
+    if high <= low:  # nearly all voxels equal: the full range
+        low, high = float(real[0]), float(real[-1])
+        kept, weights = real, counts
+    clipped = np.clip(kept, low, high)
+    center = float(np.average(clipped, weights=weights))
+    scale = float(np.sqrt(np.average((clipped - center) ** 2, weights=weights)))
+    return Norm(slope, intercept, low, high, center, max(scale, 1e-6 * (high - low)), 0.0)
+
+
+def _histogram(voxels: np.ndarray, invalid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Sorted valid values (float64) and their counts; counts None means one each.
+
+    Up to 16-bit integers are counted, which is exact and needs no sort.
+    """
+    valid = voxels.ravel() if invalid is None else voxels[~invalid]
+    if valid.size == 0:
+        raise Quarantined("no_valid_voxels")
+    if valid.dtype.kind in "iu":
+        low = int(valid.min())
+        if int(valid.max()) - low < 1 << 20:
+            counts = np.bincount((valid.astype(np.int64) - low) if low else valid)
+            present = np.flatnonzero(counts)
+            return (present + low).astype(np.float64), counts[present]
+    return np.sort(valid).astype(np.float64), None
+
+
+def _check_hounsfield(real: np.ndarray, counts: np.ndarray | None) -> None:
+    """Air is near -1000 HU: where the lowest values are at or above 0 and fill a share of the image as air does, the
+    values are not HU."""
+    if real[0] < 0:
+        return
+    near = real <= real[0] + 0.02 * (real[-1] - real[0])
+    share = float(near.mean() if counts is None else counts[near].sum() / counts.sum())
+    if share >= AIR_SHARE:
+        raise Quarantined(
+            "not_hounsfield",
+            f"minimum {real[0]:g} with {share:.0%} of the voxels near it; or declare units: arbitrary",
+        )
+
+
+def _without_background(
+    real: np.ndarray, counts: np.ndarray | None, strong: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Drop the plateau of the lowest value (padding, collimation) and, if ``strong``, air below a tenth of the range."""
+    total = float(len(real) if counts is None else counts.sum())
+
+    def share(start: int) -> float:
+        return float((len(real) - start if counts is None else counts[start:].sum()) / total)
+
+    start = 0
+    plateau = int(np.searchsorted(real, real[0], side="right"))
+    if share(plateau) < 0.98:
+        start = plateau
+    if strong:
+        low, high = _percentile(real, counts, (0.1, 99.0))
+        above = int(np.searchsorted(real, low + BACKGROUND * (high - low), side="right"))
+        if share(above) >= LEAST_FOREGROUND:
+            start = max(start, above)
+    if share(start) < LEAST_FOREGROUND:
+        start = 0
+    return real[start:], None if counts is None else counts[start:]
+
+
+def _percentile(real: np.ndarray, counts: np.ndarray | None, percent: tuple[float, ...]) -> list[float]:
+    """Percentiles (the lowest value that at least the given share does not exceed) of sorted values."""
+    if counts is None:
+        last = len(real) - 1
+        return [float(real[min(last, max(0, int(np.ceil(p / 100 * len(real))) - 1))]) for p in percent]
+    cumulative = np.cumsum(counts)
+    places = np.searchsorted(cumulative, np.array(percent) / 100 * cumulative[-1], side="left")
+    return [float(v) for v in real[np.minimum(places, len(real) - 1)]]
