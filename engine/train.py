@@ -171,7 +171,8 @@ class _Loop:
         lr = learning_rate(progress.update, config)
         set_learning_rate(self.partition.adam.param_groups, lr)
         losses, sums = [], _Sums()
-        for _ in range(self.micro_steps):
+        for micro_step in range(self.micro_steps):
+            self.engine.set_gradient_accumulation_boundary(micro_step == self.micro_steps - 1)
             asked_at = time.perf_counter()
             batch = to_device(next(batches), world.device)
             waited += time.perf_counter() - asked_at
