@@ -17,7 +17,7 @@ REASONS = MappingProxyType(
         "unreadable": "the file is not in the format its name says, or its header is damaged",
         "truncated": "the file ends before its voxels do",
         "unsupported_format": "no reader for this kind of file",
-        "unsupported_layout": "an image whose axes have no reading here (vectors, complex numbers, too many axes)",
+        "unsupported_layout": "an image whose axes have no reading here (vectors, complex, too many axes)",
         "no_pixel_data": "the file holds no voxels",
         "not_an_image": "a DICOM object that is not an image (RTSTRUCT, SEG, SR, dose, presentation state)",
         "unsupported_modality": "a modality other than CT, MR, PT and X-ray",

@@ -1,4 +1,5 @@
-"""How the voxels of each channel become numbers a network likes: constants from the whole volume, never a crop.
+"""How the voxels of each channel become numbers a network likes: constants from the whole volume, never a
+crop.
 
 ``v = clip(real, low, high); if compress: v = asinh(v / compress); x = (v - center) / scale``.
 """
@@ -17,7 +18,8 @@ CT_CENTER, CT_SCALE = -200.0, 500.0
 SUV_RANGE = (0.0, 100.0)
 SUV_COMPRESS, SUV_CENTER, SUV_SCALE = 1.0, 0.5, 1.0
 PERCENTILES = (0.5, 99.5)
-#: Voxels below this share of the way from the lowest to the 99th percentile are background (air) in MR and PET.
+#: Voxels below this share of the way from the lowest to the 99th percentile are background (air) in MR and
+#: PET.
 BACKGROUND = 0.1
 #: Share of the volume that must be foreground for the background rule to hold; else all valid voxels count.
 LEAST_FOREGROUND = 0.02
@@ -46,10 +48,10 @@ class Norm(NamedTuple):
 def statistics(volume: Volume) -> list[Norm]:
     """One `Norm` per channel.
 
-    CT in HU and PET in SUV have fixed constants. MR, X-ray and whatever is in arbitrary units are clipped at the 0.5
-    and 99.5 percentiles of the voxels that are not background and standardised over these voxels after clipping.
-    Raises `Quarantined` ``not_hounsfield`` for a CT declared or taken as HU that cannot be, ``constant``,
-    ``no_valid_voxels``.
+    CT in HU and PET in SUV have fixed constants. MR, X-ray and whatever is in arbitrary units are clipped at
+    the 0.5 and 99.5 percentiles of the voxels that are not background and standardised over these voxels
+    after clipping. Raises `Quarantined` ``not_hounsfield`` for a CT declared or taken as HU that cannot be,
+    ``constant``, ``no_valid_voxels``.
     """
     return [_channel(volume, n, channel) for n, channel in enumerate(volume.channels)]
 
@@ -96,8 +98,8 @@ def _histogram(voxels: np.ndarray, invalid: np.ndarray | None) -> tuple[np.ndarr
 
 
 def _check_hounsfield(real: np.ndarray, counts: np.ndarray | None) -> None:
-    """Air is near -1000 HU: where the lowest values are at or above 0 and fill a share of the image as air does, the
-    values are not HU."""
+    """Air is near -1000 HU: where the lowest values are at or above 0 and fill a share of the image as air
+    does, the values are not HU."""
     if real[0] < 0:
         return
     near = real <= real[0] + 0.02 * (real[-1] - real[0])
@@ -112,7 +114,8 @@ def _check_hounsfield(real: np.ndarray, counts: np.ndarray | None) -> None:
 def _without_background(
     real: np.ndarray, counts: np.ndarray | None, strong: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Drop the plateau of the lowest value (padding, collimation) and, if ``strong``, air below a tenth of the range."""
+    """Drop the plateau of the lowest value (padding, collimation) and, if ``strong``, air below a tenth of
+    the range."""
     total = float(len(real) if counts is None else counts.sum())
 
     def share(start: int) -> float:

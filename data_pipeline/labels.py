@@ -1,4 +1,5 @@
-"""Label files onto the grid of their image: which voxel is which class, with nothing guessed and every loss counted."""
+"""Label files onto the grid of their image: which voxel is which class, with nothing guessed and every loss
+counted."""
 
 from __future__ import annotations
 
@@ -23,11 +24,13 @@ Placement = Literal["grid", "image", "resampled"]
 
 @dataclass(frozen=True)
 class Label:
-    """``layers`` (layer, z, y, x) uint8 on the image's canonical grid: 0 background, 255 ignore, else class ids.
+    """``layers`` (layer, z, y, x) uint8 on the image's canonical grid: 0 background, 255 ignore, else class
+    ids.
 
-    ``classes`` are the ids present. ``placed``: on the same ``grid``, by the ``image``'s geometry as declared, or
-    ``resampled`` (nearest neighbour). ``lost`` is the share of each class's voxels whose centres lie outside the
-    image, ``volume_change`` the relative change of its volume in mm³; both empty where nothing was resampled.
+    ``classes`` are the ids present. ``placed``: on the same ``grid``, by the ``image``'s geometry as
+    declared, or ``resampled`` (nearest neighbour). ``lost`` is the share of each class's voxels whose
+    centres lie outside the image, ``volume_change`` the relative change of its volume in mm³; both empty
+    where nothing was resampled.
     """
 
     layers: np.ndarray
@@ -72,10 +75,11 @@ def read_label(
 ) -> Label:
     """The label of ``volume`` (in canonical order), as class ids.
 
-    ``regions`` maps each name to the values in the file that mean it; ``ids`` maps names to ids 1..254 (default: in
-    order). ``threshold``: real values at or above it are the one class. ``geometry``: for a label of the image's size
-    in another place, ``image`` takes the label's voxels as the image's, ``header`` trusts the label's own header.
-    Raises `Quarantined` with a ``label_*`` code, `UserError` for a declaration that cannot hold.
+    ``regions`` maps each name to the values in the file that mean it; ``ids`` maps names to ids 1..254
+    (default: in order). ``threshold``: real values at or above it are the one class. ``geometry``: for a
+    label of the image's size in another place, ``image`` takes the label's voxels as the image's, ``header``
+    trusts the label's own header. Raises `Quarantined` with a ``label_*`` code, `UserError` for a
+    declaration that cannot hold.
     """
     ids = dict(ids) if ids is not None else {name: n for n, name in enumerate(regions, 1)}
     if missing := set(regions) - set(ids):

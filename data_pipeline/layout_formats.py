@@ -1,4 +1,5 @@
-"""The layouts `data_pipeline.layouts.discover` knows: MSD, nnU-Net raw, a table, a plain folder, a DICOM tree.
+"""The layouts `data_pipeline.layouts.discover` knows: MSD, nnU-Net raw, a table, a plain folder, a DICOM
+tree.
 
 Sources: medicaldecathlon.com dataset.json; nnU-Net documentation/dataset_format.md.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -23,10 +25,10 @@ PAIRED = (".img",)  # read through its .hdr
 COLUMNS = ("image", "label", "modality", "subject", "split")
 MODALITY_WORDS = {
     "CT": {"ct", "cta", "cbct", "ldct"},
-    "MR": {"mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "t1gd", "t1ce", "t1c", "t1n", "t2f", "t2s", "flair", "adc", "dwi", "pd", "swi"},
+    "MR": set(["mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "t1gd", "t1ce", "t1c", "t1n", "t2f", "t2s", "flair", "adc", "dwi", "pd", "swi"]),
     "PT": {"pt", "pet", "suv"},
     "XR": {"xr", "cxr", "xray", "dx", "cr", "mg", "radiograph"},
-}  # fmt: skip
+}
 
 
 def detect(src: SourceConfig) -> str:
@@ -48,14 +50,14 @@ def detect(src: SourceConfig) -> str:
     dicom = [p for p in files if p.name.lower().endswith(DICOM) or _has_magic(p)]
     if plain and dicom:
         raise UserError(
-            f"{src.path}: holds {len(dicom)} DICOM files and {len(plain)} other images; state layout: dicom, or"
-            " layout: folder, or include"
+            f"{src.path}: holds {len(dicom)} DICOM files and {len(plain)} other images; state layout: dicom or folder"
         )
     return "dicom" if dicom else "folder"
 
 
 def msd(src: SourceConfig) -> list[Case]:
-    """Medical Segmentation Decathlon: dataset.json lists images and labels; its ``modality`` names the channels."""
+    """Medical Segmentation Decathlon: dataset.json lists images and labels; its ``modality`` names the
+    channels."""
     info = _json(src.path / "dataset.json")
     names = _channels(info.get("modality") or info.get("channel_names"), src.path / "dataset.json")
     modality = _modalities(names, src)
@@ -99,16 +101,15 @@ def nnunet(src: SourceConfig) -> list[Case]:
 
 
 def table(src: SourceConfig) -> list[Case]:
-    """CSV, TSV or Parquet: ``image`` (several columns image_NAME, or ``;`` between files, for channels), and optionally
-    label, modality, subject, split. Paths are relative to the table."""
+    """CSV, TSV or Parquet: ``image`` (several columns image_NAME, or ``;`` between files, for channels), and
+    optionally label, modality, subject, split. Paths are relative to the table."""
     rows = _rows(src.path)
     header = list(rows[0]) if rows else []
     columns = [c for c in header if c == "image" or re.fullmatch(r"image_\w+", c)]
     if not columns:
         near = get_close_matches("image", header, 1, 0.5)
-        raise UserError(
-            f"{src.path}: no column 'image'{f' (did you mean {near[0]!r}?)' if near else ''}; columns: {header}"
-        )
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"{src.path}: no column 'image'{hint}; columns: {header}")
     for column in set(header) - set(COLUMNS) - set(columns):
         if near := get_close_matches(column, COLUMNS, 1, 0.8):
             raise UserError(f"{src.path}: column {column!r}: did you mean {near[0]!r}?")
@@ -124,19 +125,23 @@ def table(src: SourceConfig) -> list[Case]:
             names = tuple(str(n) for n in range(len(files)))
         stated = [m.strip() for m in row.get("modality", "").split(";") if m.strip()]
         modality = tuple(_word(m) or m for m in stated) or ((m,) if (m := src.modality_of(files[0])) else ())
-        if not modality and not files[0].lower().endswith(DICOM):
+        if not modality and not files[0].lower().endswith(DICOM) and not (root / files[0]).is_dir():
             raise UserError(
-                f"{src.path}: no modality for {files[0]}; add a column modality, or state modality: CT, MR, XR or PT"
+                f"{src.path}: no modality for {files[0]}; add a column modality, or state modality: CT, MR, XR, PT"
             )
         label = row.get("label", "")
         cases.append(
             Case(
-                source=src.name, images=tuple(root / f for f in files), label=root / label if label else None,
-                subject=row.get("subject", ""), split=row.get("split") or None,
-                modality=modality * len(files) if len(modality) == 1 else modality, channel_names=names,
+                source=src.name,
+                images=tuple(root / f for f in files),
+                label=root / label if label else None,
+                subject=row.get("subject", ""),
+                split=row.get("split") or None,
+                modality=modality * len(files) if len(modality) == 1 else modality,
+                channel_names=names,
                 name=stem(Path(files[0])),
             )
-        )  # fmt: skip
+        )
     return cases
 
 
@@ -158,30 +163,29 @@ def folder(src: SourceConfig) -> list[Case]:
 
 
 def dicom_tree(src: SourceConfig) -> list[Case]:
-    """Every DICOM image series below the folder, by SeriesInstanceUID; other DICOM objects come as refused cases."""
+    """Every DICOM image series below the folder, by SeriesInstanceUID; other DICOM objects come as refused
+    cases."""
     from data_pipeline.readers.dicom import series_in
 
     found, bad = series_in(_files(src))
-    per_folder: dict[Path, int] = {}
-    for series in found:
-        for parent in {p.parent for p in series.files}:
-            per_folder[parent] = per_folder.get(parent, 0) + (series.code is None)
     cases = []
     for series in found:
-        parents = {p.parent for p in series.files}
-        top = Path(min(parents, key=lambda p: len(p.parts)))
-        while not all(p.is_relative_to(top) for p in parents):
-            top = top.parent
-        alone = len(parents) == 1 and per_folder[top] == 1 and not any(p.is_dir() for p in top.iterdir())
+        parents = [p.parent for p in series.files]
+        top = Path(os.path.commonpath(parents))
         single = len(series.files) == 1
         cases.append(
             Case(
-                source=src.name, images=(series.files[0],) if single else (top,), label=None,
-                subject=series.patient or series.study or top.name, split=None,
-                modality=(series.modality,) if series.modality else (), series=None if alone or single else series.uid,
-                name=top.name, refused=Quarantined(series.code, path=series.files[0]) if series.code else None,
+                source=src.name,
+                images=(series.files[0] if single else top,),
+                label=None,
+                subject=series.patient or series.study or top.name,
+                split=None,
+                modality=(series.modality,) if series.modality else (),
+                series=series.files,
+                name=stem(series.files[0]) if single else top.name,
+                refused=Quarantined(series.code, path=series.files[0]) if series.code else None,
             )
-        )  # fmt: skip
+        )
     for path, error in bad:
         cases.append(
             Case(src.name, (path,), None, path.parent.name, None, (), name=stem(path), refused=error)
@@ -194,7 +198,8 @@ def parse_labels(
 ) -> tuple[dict[int, str] | None, dict[str, tuple[int, ...]] | None, frozenset[int]]:
     """``labels`` of a dataset.json written either way round, with nnU-Net regions and ``ignore``.
 
-    Returns value → name (None if there are regions), name → values, and the values to ignore. Background is left out.
+    Returns value → name (None if there are regions), name → values, and the values to ignore. Background is
+    left out.
     """
     named: dict[str, tuple[int, ...]] = {}
     try:
@@ -214,14 +219,30 @@ def parse_labels(
 
 
 def _described(
-    src: SourceConfig, images: tuple[Path, ...], label: Path | None, split: str | None, name: str, names: tuple[str, ...],
-    modality: tuple[str, ...], values: dict[int, str] | None, regions: dict[str, tuple[int, ...]] | None,
+    src: SourceConfig,
+    images: tuple[Path, ...],
+    label: Path | None,
+    split: str | None,
+    name: str,
+    names: tuple[str, ...],
+    modality: tuple[str, ...],
+    values: dict[int, str] | None,
+    regions: dict[str, tuple[int, ...]] | None,
     ignore: frozenset[int],
-) -> Case:  # fmt: skip
+) -> Case:
     return Case(
-        source=src.name, images=images, label=label, subject="", split=split, modality=modality,
-        channel_names=names, label_values=values, label_regions=regions, ignore=ignore, name=name,
-    )  # fmt: skip
+        source=src.name,
+        images=images,
+        label=label,
+        subject="",
+        split=split,
+        modality=modality,
+        channel_names=names,
+        label_values=values,
+        label_regions=regions,
+        ignore=ignore,
+        name=name,
+    )
 
 
 def _channels(described: Any, where: Path) -> tuple[str, ...]:

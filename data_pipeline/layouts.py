@@ -20,11 +20,11 @@ class Case:
     """One image (one file, several files as channels, or one DICOM series) and what is known of it.
 
     ``name`` and ``subject`` come from files and headers and may identify: hash them before they are written.
-    ``modality`` holds one entry per channel, or is empty where the DICOM header decides. ``label_values`` maps a
-    value of the label file to a name; ``label_regions`` maps a name to all its values (overlaps allowed);
-    ``annotated`` are the names that were looked for; values in ``ignore`` are neither class nor background.
-    ``series`` selects a DICOM series in ``images[0]``. ``refused`` is set where discovery can tell already that the
-    input is no image; it is to be quarantined, not read.
+    ``modality`` holds one entry per channel, or is empty where the DICOM header decides. ``label_values``
+    maps a value of the label file to a name; ``label_regions`` maps a name to all its values (overlaps
+    allowed); ``annotated`` are the names that were looked for; values in ``ignore`` are neither class nor
+    background. ``series`` are the files of a DICOM series. ``refused`` is set where discovery can tell
+    already that the input is no image; it is to be quarantined, not read.
     """
 
     source: str
@@ -39,21 +39,25 @@ class Case:
     annotated: tuple[str, ...] = ()
     ignore: frozenset[int] = frozenset()
     units: str | None = None
-    series: str | None = None
+    series: tuple[Path, ...] | None = None
     name: str = ""
     refused: Quarantined | None = None
 
 
 def discover(src: SourceConfig) -> list[Case]:
-    """Every case of a source, in a stable order. Raises `UserError` where a declaration is missing or wrong."""
+    """Every case of a source, in a stable order. Raises `UserError` where a declaration is missing or
+    wrong."""
     if not src.path.exists():
         raise UserError(f"{src.path}: no such file or folder; check the path of source {src.name!r}")
     from data_pipeline import layout_formats as formats
 
     finders: dict[str, Callable[[SourceConfig], list[Case]]] = {
-        "msd": formats.msd, "nnunet": formats.nnunet, "table": formats.table, "folder": formats.folder,
+        "msd": formats.msd,
+        "nnunet": formats.nnunet,
+        "table": formats.table,
+        "folder": formats.folder,
         "dicom": formats.dicom_tree,
-    }  # fmt: skip
+    }
     layout = formats.detect(src) if src.layout == "auto" else src.layout
     cases = finders[layout](src)
     if not cases:
@@ -64,21 +68,35 @@ def discover(src: SourceConfig) -> list[Case]:
 
 
 def read_case(case: Case, src: SourceConfig, seed: int = 0) -> list[Volume]:
-    """The volumes of a case: one, or several frames where a single file without channel names has a time axis."""
+    """The volumes of a case: one, or several frames where a single file without channel names has a time
+    axis."""
     if case.refused is not None:
         raise case.refused
     if len(case.images) > 1 or case.channel_names is not None:
         volume = read_channels(
-            case.images, modality=case.modality or None, channel_names=case.channel_names, spacing=src.spacing,
-            field_mm=src.field_mm, accept_no_form=src.accept_no_form, units=case.units, series=case.series,
+            case.images,
+            modality=case.modality or None,
+            channel_names=case.channel_names,
+            spacing=src.spacing,
+            field_mm=src.field_mm,
+            accept_no_form=src.accept_no_form,
+            units=case.units,
+            series=case.series,
             accept_secondary=src.accept_secondary,
-        )  # fmt: skip
+        )
         return [volume]
     return read_all(
-        case.images[0], more_frames=src.more_frames, seed=seed, modality=case.modality[0] if case.modality else None,
-        spacing=src.spacing, field_mm=src.field_mm, accept_no_form=src.accept_no_form, units=case.units,
-        series=case.series, accept_secondary=src.accept_secondary,
-    )  # fmt: skip
+        case.images[0],
+        more_frames=src.more_frames,
+        seed=seed,
+        modality=case.modality[0] if case.modality else None,
+        spacing=src.spacing,
+        field_mm=src.field_mm,
+        accept_no_form=src.accept_no_form,
+        units=case.units,
+        series=case.series,
+        accept_secondary=src.accept_secondary,
+    )
 
 
 def stem(path: Path) -> str:
@@ -99,7 +117,8 @@ def relative(path: Path, root: Path) -> str:
 
 
 def label_for(src: SourceConfig, rel: str) -> Path | None:
-    """The label file that ``label_glob`` names for an image, if it exists. Raises `UserError` for unequal wildcards."""
+    """The label file that ``label_glob`` names for an image, if it exists. Raises `UserError` for unequal
+    wildcards."""
     if src.label_glob is None:
         return None
     for glob in src.include or ("**",):
@@ -109,7 +128,7 @@ def label_for(src: SourceConfig, rel: str) -> Path | None:
         name = substitute(src.label_glob, captured if "*" in src.label_glob or "?" in src.label_glob else ())
         if name is None:
             raise UserError(
-                f"source {src.name!r}: label_glob {src.label_glob!r} has another number of wildcards than include {glob!r}"
+                f"source {src.name!r}: label_glob {src.label_glob!r} and include {glob!r} differ in their wildcards"
             )
         root = src.path if src.path.is_dir() else src.path.parent
         return root / name if (root / name).is_file() else None
@@ -121,10 +140,8 @@ def _declare(src: SourceConfig, case: Case) -> Case:
     rel = relative(case.images[0], src.path)
     declared = src.modality_of(rel)
     changes: dict[str, object] = {"units": src.units_of(rel)}
-    if declared is not None and isinstance(src.modality, dict) and case.channel_names is None:
+    if (declared is not None and isinstance(src.modality, dict) and case.channel_names is None) or (declared is not None and len(case.modality) <= 1):
         changes["modality"] = (declared,)
-    elif declared is not None:
-        changes["modality"] = (declared,) * max(1, len(case.modality))
     elif (
         isinstance(src.modality, dict) and not case.modality and src.layout != "dicom" and case.series is None
     ):
@@ -148,10 +165,16 @@ def _declare(src: SourceConfig, case: Case) -> Case:
         )
     split = next((s for glob, s in (src.splits or {}).items() if matches(glob, rel) is not None), case.split)
     return replace(
-        case, label_values=values, label_regions=regions, ignore=ignore, split=split,
-        annotated=(src.annotated if src.annotated is not None else tuple(names)) if case.label is not None else (),
+        case,
+        label_values=values,
+        label_regions=regions,
+        ignore=ignore,
+        split=split,
+        annotated=(src.annotated if src.annotated is not None else tuple(names))
+        if case.label is not None
+        else (),
         **changes,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 def _assign_subjects(src: SourceConfig, cases: list[Case]) -> list[Case]:
@@ -172,12 +195,14 @@ def _assign_subjects(src: SourceConfig, cases: list[Case]) -> list[Case]:
                 f"{bad}: subject_pattern {src.subject_pattern!r} of source {src.name!r} does not match"
             )
         return [replace(c, subject=m.group(1)) for c, m in zip(cases, found) if m is not None]
-    # Where file names repeat from folder to folder (S1/ct, S2/ct), the folder is the subject; else the file is.
+    # Where file names repeat from folder to folder (S1/ct, S2/ct), the folder is the subject; else the file
+    # is.
     names = Counter(c.name for c in cases)
     by_folder = len(cases) > 1 and max(names.values()) > 1
     return [
-        c if c.subject else replace(c, subject=c.images[0].parent.name if by_folder else c.name) for c in cases
-    ]  # fmt: skip
+        c if c.subject else replace(c, subject=c.images[0].parent.name if by_folder else c.name)
+        for c in cases
+    ]
 
 
 def _subjects_table(path: Path) -> dict[str, str]:

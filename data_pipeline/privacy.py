@@ -21,8 +21,24 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 32
 OLDEST = 89
-VENDORS = ("agfa", "canon", "carestream", "elekta", "fujifilm", "ge", "hitachi", "hologic", "konica", "mediso", "philips",
-           "shimadzu", "siemens", "toshiba", "united imaging", "varian")  # fmt: skip
+VENDORS = (
+    "agfa",
+    "canon",
+    "carestream",
+    "elekta",
+    "fujifilm",
+    "ge",
+    "hitachi",
+    "hologic",
+    "konica",
+    "mediso",
+    "philips",
+    "shimadzu",
+    "siemens",
+    "toshiba",
+    "united imaging",
+    "varian",
+)
 BODY_PARTS = frozenset(
     [
         "ABDOMEN",
@@ -68,9 +84,18 @@ BODY_PARTS = frozenset(
 )
 #: Numeric DICOM fields kept, as numbers.
 NUMBERS = (
-    "MagneticFieldStrength", "RepetitionTime", "EchoTime", "InversionTime", "FlipAngle", "EchoTrainLength", "KVP",
-    "SliceThickness", "SpacingBetweenSlices", "ExposureTime", "XRayTubeCurrent",
-)  # fmt: skip
+    "MagneticFieldStrength",
+    "RepetitionTime",
+    "EchoTime",
+    "InversionTime",
+    "FlipAngle",
+    "EchoTrainLength",
+    "KVP",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+    "ExposureTime",
+    "XRayTubeCurrent",
+)
 #: Coded DICOM fields kept if the value is one of these.
 CODES = {
     "ScanningSequence": {"SE", "IR", "GR", "EP", "RM"},
@@ -83,13 +108,20 @@ CODES = {
 }
 #: Notes of our readers, with the form each must have.
 NOTES = {
-    "frame": r"\d{1,6} of \d{1,6}", "qform_differs": "true", "no_form": "true", "inverted": "true", "rescale": "per slice",
-    "suv": "tags missing", "Manufacturer": "|".join((*VENDORS, "other")), "PatientAge": r"\d{1,2}|89\+",
-}  # fmt: skip
+    "frame": r"\d{1,6} of \d{1,6}",
+    "qform_differs": "true",
+    "no_form": "true",
+    "inverted": "true",
+    "rescale": "per slice",
+    "suv": "tags missing",
+    "Manufacturer": "|".join((*VENDORS, "other")),
+    "PatientAge": r"\d{1,2}|89\+",
+}
 
 
 class KeyedHash:
-    """HMAC-SHA256 of paths and subjects: the same input gives the same hash under one key, nothing without it.
+    """HMAC-SHA256 of paths and subjects: the same input gives the same hash under one key, nothing without
+    it.
 
     ``key`` is at least 16 bytes, kept outside the dataset (`open` keeps it in the private folder).
     """
@@ -145,7 +177,8 @@ def allowed(provenance: Mapping[str, str]) -> dict[str, str]:
 
 
 def technical_fields(header: Dataset, notes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Technical fields of a DICOM header, each a number, a code of a closed list or a vendor; ages above 89 capped."""
+    """Technical fields of a DICOM header, each a number, a code of a closed list or a vendor; ages above 89
+    capped."""
     found = dict(notes or {})
     for name in NUMBERS:
         try:
@@ -160,3 +193,11 @@ def technical_fields(header: Dataset, notes: Mapping[str, str] | None = None) ->
         years = int(match.group(1))
         found["PatientAge"] = f"{OLDEST}+" if years > OLDEST else str(years)
     return allowed(found)
+
+
+def may_have_burned_in_text(modality: str, provenance: Mapping[str, str]) -> bool:
+    """Whether an image is a radiograph whose header does not say that no text is burned into it.
+
+    Pictures (PNG, JPEG, TIFF) carry no such statement, so each of them may.
+    """
+    return modality == "XR" and provenance.get("BurnedInAnnotation") != "NO"

@@ -18,7 +18,8 @@ Layout = Literal["auto", "msd", "nnunet", "table", "folder", "dicom"]
 class SourceConfig(BaseModel):
     """One source. Globs are matched against paths relative to ``path``, with ``/`` and ``**`` for any depth.
 
-    A field that may be a mapping (``modality``, ``units``, ``splits``) takes ``{glob: value}``; the first match wins.
+    A field that may be a mapping (``modality``, ``units``, ``splits``) takes ``{glob: value}``; the first
+    match wins.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -109,7 +110,8 @@ class SourceConfig(BaseModel):
 
 
 def matches(glob: str, relative: str) -> tuple[str, ...] | None:
-    """What the wildcards of ``glob`` matched in a relative path, or None. ``*`` stays inside a folder, ``**`` does not."""
+    """What the wildcards of ``glob`` matched in a relative path, or None. ``*`` stays inside a folder,
+    ``**`` does not."""
     found = _pattern(glob).fullmatch(relative)
     return None if found is None else tuple(g or "" for g in found.groups())
 

@@ -1,8 +1,10 @@
-"""`Volume`: voxels on a regular grid in patient space, and the way to the nearest L, P, S axis order and back.
+"""`Volume`: voxels on a regular grid in patient space, and the way to the nearest L, P, S axis order and
+back.
 
-Arrays are ``(c, z, y, x)``; triples of spacing and shape are ``(z, y, x)``; points and indices are ``(x, y, z)``
-like SimpleITK's. Patient space is DICOM's LPS in mm. In canonical order x grows to the left, y to the back
-(posterior), z to the head (superior), as nearly as permuting and flipping axes can make it; nothing is resampled.
+Arrays are ``(c, z, y, x)``; triples of spacing and shape are ``(z, y, x)``; points and indices are ``(x, y,
+z)`` like SimpleITK's. Patient space is DICOM's LPS in mm. In canonical order x grows to the left, y to the
+back (posterior), z to the head (superior), as nearly as permuting and flipping axes can make it; nothing is
+resampled.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ class Channel:
 class Volume:
     """Voxels and where they are.
 
-    ``voxels`` (c, z, y, x) keep the dtype they were decoded in; the real value is ``voxels * slope + intercept``,
-    per channel. ``invalid`` (same shape, or None for none) marks NaN, infinity and padding outside the field of
-    view: their voxels hold the lowest valid value of the channel and are never to be used as measurements.
-    ``affine`` maps ``(i, j, k, 1)``, the x, y, z index of a voxel, to the LPS mm of its centre.
-    ``source_affine`` and ``source_shape`` (z, y, x) are those of the grid as read; canonical array axis ``n`` is
-    source array axis ``axes[n]``, reversed if ``flips[n]``. Raises ValueError where the parts do not fit.
+    ``voxels`` (c, z, y, x) keep the dtype they were decoded in; the real value is ``voxels * slope +
+    intercept``, per channel. ``invalid`` (same shape, or None for none) marks NaN, infinity and padding
+    outside the field of view: their voxels hold the lowest valid value of the channel and are never to be
+    used as measurements. ``affine`` maps ``(i, j, k, 1)``, the x, y, z index of a voxel, to the LPS mm of
+    its centre. ``source_affine`` and ``source_shape`` (z, y, x) are those of the grid as read; canonical
+    array axis ``n`` is source array axis ``axes[n]``, reversed if ``flips[n]``. Raises ValueError where the
+    parts do not fit.
     """
 
     voxels: np.ndarray
@@ -148,7 +151,8 @@ class Volume:
         return np.asarray(index_xyz, dtype=np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
 
     def index_of_lps_mm(self, point_xyz: np.ndarray | Triple) -> np.ndarray:
-        """Continuous x, y, z index (..., 3) on this grid of points (..., 3) in LPS mm. Round for the voxel."""
+        """Continuous x, y, z index (..., 3) on this grid of points (..., 3) in LPS mm. Round for the
+        voxel."""
         offset = np.asarray(point_xyz, dtype=np.float64) - self.affine[:3, 3]
         return offset @ np.linalg.inv(self.affine[:3, :3]).T
 
@@ -173,7 +177,8 @@ def nearest_lps(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, b
 
 
 def corner_distance(a: np.ndarray, b: np.ndarray, shape_zyx: tuple[int, int, int]) -> float:
-    """Largest distance, over the eight corners, between two grids of one shape, in voxels of the finer axis of ``a``."""
+    """Largest distance, over the eight corners, between two grids of one shape, in voxels of the finer axis
+    of ``a``."""
     z, y, x = shape_zyx
     corners = np.array(
         [(i, j, k, 1.0) for i in (-0.5, x - 0.5) for j in (-0.5, y - 0.5) for k in (-0.5, z - 0.5)]

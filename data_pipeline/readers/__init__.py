@@ -1,7 +1,7 @@
 """Raw scans to `Volume`: NIfTI, NRRD, MHA/MHD, DICOM, and PNG/JPEG/TIFF radiographs.
 
-A reader returns the true voxels in their true place, or raises `Quarantined` with a code. Formats are imported
-when first needed.
+A reader returns the true voxels in their true place, or raises `Quarantined` with a code. Formats are
+imported when first needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 DICOM = (".dcm", ".dicom", ".ima")
 SUFFIXES = NIFTI + ITK + PICTURES + DICOM
-#: Real values of a CT below this are fill outside the field of view (-2000, -2048, -3024, ...), never tissue or air.
+#: Real values of a CT below this are fill outside the field of view (-2000, -2048, -3024, ...), never tissue
+#: or air.
 CT_PADDING_BELOW = -1500.0
 
 
@@ -36,18 +37,18 @@ def read(
     accept_no_form: bool = False,
     units: str | None = None,
     channel_names: Sequence[str] | None = None,
-    series: str | None = None,
+    series: str | Sequence[Path] | None = None,
     accept_secondary: bool = False,
 ) -> Volume:
     """One file, or one DICOM series (a folder of any nesting), as a `Volume` in nearest L, P, S order.
 
-    ``modality`` (CT, MR, XR or PT; one per channel or one for all) must be stated for formats that do not carry
-    it; for DICOM it must agree with the header. ``channel_names`` says that the fourth axis is channels; otherwise
-    frames of a 4D file are a series in time and the first is read (`read_all` gives more). ``spacing`` (z, y, x) mm
-    is used where the file states none; ``field_mm`` is the width of a picture's field where neither does.
-    ``accept_no_form`` accepts a NIfTI that has spacing but no position. ``series`` is the SeriesInstanceUID to take
-    from a folder that holds several.
-    Raises `Quarantined` for an input that cannot be trusted, `UserError` for a missing declaration.
+    ``modality`` (CT, MR, XR or PT; one per channel or one for all) must be stated for formats that do not
+    carry it; for DICOM it must agree with the header. ``channel_names`` says that the fourth axis is
+    channels; otherwise frames of a 4D file are a series in time and the first is read (`read_all` gives
+    more). ``spacing`` (z, y, x) mm is used where the file states none; ``field_mm`` is the width of a
+    picture's field where neither does. ``accept_no_form`` accepts a NIfTI that has spacing but no position.
+    ``series`` is the SeriesInstanceUID to take from a folder that holds several, or the very files of the
+    series. Raises `Quarantined` for an input that cannot be trusted, `UserError` for a missing declaration.
     """
     options = _Options(modality, spacing, field_mm, accept_no_form, units, series, accept_secondary)
     raw = options.decode(Path(path))
@@ -61,14 +62,22 @@ def read(
 
 
 def read_all(
-    path: Path, *, more_frames: int = 3, seed: int = 0, modality: str | None = None, spacing: Triple | None = None,
-    field_mm: float | None = None, accept_no_form: bool = False, units: str | None = None,
-    series: str | None = None, accept_secondary: bool = False,
-) -> list[Volume]:  # fmt: skip
+    path: Path,
+    *,
+    more_frames: int = 3,
+    seed: int = 0,
+    modality: str | None = None,
+    spacing: Triple | None = None,
+    field_mm: float | None = None,
+    accept_no_form: bool = False,
+    units: str | None = None,
+    series: str | Sequence[Path] | None = None,
+    accept_secondary: bool = False,
+) -> list[Volume]:
     """Like `read` for a file whose fourth axis is time: the first frame and at most ``more_frames`` others.
 
-    The others are drawn without replacement by ``seed`` and returned in time order; ``provenance["frame"]`` says
-    which each is. A 3D file gives one volume.
+    The others are drawn without replacement by ``seed`` and returned in time order; ``provenance["frame"]``
+    says which each is. A 3D file gives one volume.
     """
     options = _Options(modality, spacing, field_mm, accept_no_form, units, series, accept_secondary)
     raw = options.decode(Path(path))
@@ -81,33 +90,53 @@ def read_all(
 
 
 def read_channels(
-    paths: Sequence[Path], *, modality: str | Sequence[str] | None = None, channel_names: Sequence[str] | None = None,
-    spacing: Triple | None = None, field_mm: float | None = None, accept_no_form: bool = False,
-    units: str | None = None, series: str | None = None, accept_secondary: bool = False,
-) -> Volume:  # fmt: skip
+    paths: Sequence[Path],
+    *,
+    modality: str | Sequence[str] | None = None,
+    channel_names: Sequence[str] | None = None,
+    spacing: Triple | None = None,
+    field_mm: float | None = None,
+    accept_no_form: bool = False,
+    units: str | None = None,
+    series: str | Sequence[Path] | None = None,
+    accept_secondary: bool = False,
+) -> Volume:
     """Files on one grid, stacked as channels (one file with channels on its fourth axis is read as such).
 
-    Grids must agree within 0.1 voxel at every corner, else `Quarantined` ``channel_grid``. Channels of different
-    dtype are stacked in the smallest dtype that holds all exactly.
+    Grids must agree within 0.1 voxel at every corner, else `Quarantined` ``channel_grid``. Channels of
+    different dtype are stacked in the smallest dtype that holds all exactly.
     """
     if not paths:
         raise UserError("read_channels was given no file")
     names = list(channel_names) if channel_names else None
     if len(paths) == 1:
         return read(
-            paths[0], modality=modality, channel_names=names, spacing=spacing, field_mm=field_mm, units=units,
-            accept_no_form=accept_no_form, series=series, accept_secondary=accept_secondary,
-        )  # fmt: skip
+            paths[0],
+            modality=modality,
+            channel_names=names,
+            spacing=spacing,
+            field_mm=field_mm,
+            units=units,
+            accept_no_form=accept_no_form,
+            series=series,
+            accept_secondary=accept_secondary,
+        )
     if names is not None and len(names) != len(paths):
         raise Quarantined("channel_count", f"{len(paths)} files for {len(names)} channels", paths[0])
     volumes = [
         read(
-            p, modality=_modality_of(modality, n), channel_names=[names[n]] if names else [str(n)], spacing=spacing,
-            field_mm=field_mm, accept_no_form=accept_no_form, units=units, series=series,
+            p,
+            modality=_modality_of(modality, n),
+            channel_names=[names[n]] if names else [str(n)],
+            spacing=spacing,
+            field_mm=field_mm,
+            accept_no_form=accept_no_form,
+            units=units,
+            series=series,
             accept_secondary=accept_secondary,
         )
         for n, p in enumerate(paths)
-    ]  # fmt: skip
+    ]
     first = volumes[0]
     for n, other in enumerate(volumes[1:], 1):
         if other.source_shape != first.source_shape:
@@ -136,9 +165,15 @@ class _Options:
     """The declarations of one read, applied to what a decoder found."""
 
     def __init__(
-        self, modality: str | Sequence[str] | None, spacing: Triple | None, field_mm: float | None,
-        accept_no_form: bool, units: str | None, series: str | None, accept_secondary: bool,
-    ) -> None:  # fmt: skip
+        self,
+        modality: str | Sequence[str] | None,
+        spacing: Triple | None,
+        field_mm: float | None,
+        accept_no_form: bool,
+        units: str | None,
+        series: str | Sequence[Path] | None,
+        accept_secondary: bool,
+    ) -> None:
         self.modality, self.spacing, self.field_mm, self.units = modality, spacing, field_mm, units
         self.accept_no_form, self.series, self.accept_secondary = accept_no_form, series, accept_secondary
 
@@ -167,9 +202,15 @@ class _Options:
         )
         c = len(channels)
         return Volume.on_grid(
-            voxels, channels, affine, slope=(raw.slope,) * c, intercept=(raw.intercept,) * c,
-            spacing_source=source, invalid=invalid, provenance=provenance,
-        ).to_lps()  # fmt: skip
+            voxels,
+            channels,
+            affine,
+            slope=(raw.slope,) * c,
+            intercept=(raw.intercept,) * c,
+            spacing_source=source,
+            invalid=invalid,
+            provenance=provenance,
+        ).to_lps()
 
     def _modality(self, raw: Raw, channel: int) -> str:
         declared = _modality_of(self.modality, channel)
@@ -204,7 +245,11 @@ class _Options:
 
 
 def decode(
-    path: Path, *, accept_no_form: bool = False, series: str | None = None, accept_secondary: bool = False
+    path: Path,
+    *,
+    accept_no_form: bool = False,
+    series: str | Sequence[Path] | None = None,
+    accept_secondary: bool = False,
 ) -> Raw:
     """The frames of a file or series as they are stored, without any declaration. Raises `Quarantined`."""
     try:
@@ -249,9 +294,13 @@ def _modality_of(modality: str | Sequence[str] | None, channel: int) -> str | No
 
 
 def _separate_invalid(
-    voxels: np.ndarray, padding: np.ndarray | None, modalities: Sequence[str], slope: float, intercept: float,
+    voxels: np.ndarray,
+    padding: np.ndarray | None,
+    modalities: Sequence[str],
+    slope: float,
+    intercept: float,
     units: Sequence[str],
-) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Mark what is no measurement, and put the channel's lowest valid value there."""
     invalid = np.zeros(voxels.shape, bool) if padding is None else padding.copy()
     if voxels.dtype.kind == "f":
@@ -259,6 +308,11 @@ def _separate_invalid(
     for n, (modality, unit) in enumerate(zip(modalities, units)):
         if modality == "CT" and unit == "HU":
             limit = (CT_PADDING_BELOW - intercept) / slope
+            if (
+                voxels.dtype.kind != "f"
+            ):  # a whole number in range keeps the comparison in the voxels' own dtype
+                info = np.iinfo(voxels.dtype)
+                limit = int(np.clip(np.ceil(limit) if slope > 0 else np.floor(limit), info.min, info.max))
             with np.errstate(invalid="ignore"):
                 invalid[n] |= voxels[n] < limit if slope > 0 else voxels[n] > limit
     if not invalid.any():

@@ -1,7 +1,8 @@
-"""DICOM series to one volume, with pydicom. Source: DICOM PS3.3 (image plane, enhanced multi-frame, PET modules).
+"""DICOM series to one volume, with pydicom. Source: DICOM PS3.3 (image plane, enhanced multi-frame, PET
+modules).
 
-Slices are sorted by their position along the normal of the image plane, so k grows along that normal
-(row direction × column direction), as in SimpleITK. Nothing is interpolated: a series whose slices do not lie on
+Slices are sorted by their position along the normal of the image plane, so k grows along that normal (row
+direction × column direction), as in SimpleITK. Nothing is interpolated: a series whose slices do not lie on
 one right-angled, evenly spaced grid is refused with a code.
 """
 
@@ -42,12 +43,14 @@ NOT_IMAGES = {
 }
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame children .1 to .4
 EVEN = 0.05  # largest deviation of a slice distance, as a share of the median
+OFF_GRID = 0.1  # largest distance of a slice from its place on the even grid, in slice distances
 DRIFT = 0.5  # largest sideways shift of a slice against the first, in in-plane pixels
 
 
 @dataclass(frozen=True)
 class Series:
-    """Files of one SeriesInstanceUID. ``code`` is why it is not an image, or None. The UID identifies: memory only."""
+    """Files of one SeriesInstanceUID. ``code`` is why it is not an image, or None. The UID identifies:
+    memory only."""
 
     uid: str
     study: str
@@ -58,7 +61,8 @@ class Series:
 
 
 def series_in(paths: Iterable[Path]) -> tuple[list[Series], list[tuple[Path, Quarantined]]]:
-    """Group files by SeriesInstanceUID (by folder where it was removed) from their headers, skipping other formats.
+    """Group files by SeriesInstanceUID (by folder where it was removed) from their headers, skipping other
+    formats.
 
     Also returns the files that claim to be DICOM (by suffix or magic) and cannot be read.
     """
@@ -103,10 +107,15 @@ def refusal(header: Dataset, accept_secondary: bool = True) -> str | None:
     return None
 
 
-def decode(path: Path, *, series: str | None = None, accept_secondary: bool = False) -> Raw:
-    """One DICOM file (a slice, a radiograph or a multi-frame object), or the one image series in a folder."""
-    if path.is_file():
-        files: Sequence[Path] = [path]
+def decode(path: Path, *, series: str | Sequence[Path] | None = None, accept_secondary: bool = False) -> Raw:
+    """One DICOM file (a slice, a radiograph or a multi-frame object), or the one image series in a folder.
+
+    ``series`` chooses among several by SeriesInstanceUID, or gives the files so that no folder is searched.
+    """
+    if series is not None and not isinstance(series, str):
+        files: Sequence[Path] = series
+    elif path.is_file():
+        files = [path]
     else:
         files = _files_of_series(path, series)
     datasets = []
@@ -163,6 +172,7 @@ def _header(path: Path, with_pixels: bool = False) -> Dataset:
     import pydicom
 
     try:
+        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # its warnings quote values
         header = pydicom.dcmread(path, stop_before_pixels=not with_pixels, force=True)
         if "SOPClassUID" not in header and "Modality" not in header:
             raise Quarantined("unreadable", "no DICOM header", path)
@@ -198,12 +208,21 @@ class _Slice:
 
 def _classic_slice(ds: Dataset) -> _Slice:
     order = (
-        _number(ds.get("TemporalPositionIdentifier")), _number(ds.get("EchoNumbers")),
-        _number(ds.get("AcquisitionNumber")), _number(ds.get("InstanceNumber")),
-    )  # fmt: skip
+        _number(ds.get("TemporalPositionIdentifier")),
+        _number(ds.get("EchoNumbers")),
+        _number(ds.get("AcquisitionNumber")),
+        _number(ds.get("InstanceNumber")),
+    )
     thickness = ds.get("SpacingBetweenSlices") or ds.get("SliceThickness")
-    return _slice(ds, None, ds.get("ImageOrientationPatient"), ds.get("ImagePositionPatient"), ds.get("PixelSpacing"),
-                  thickness, order)  # fmt: skip
+    return _slice(
+        ds,
+        None,
+        ds.get("ImageOrientationPatient"),
+        ds.get("ImagePositionPatient"),
+        ds.get("PixelSpacing"),
+        thickness,
+        order,
+    )
 
 
 def _enhanced_slices(ds: Dataset) -> list[_Slice]:
@@ -231,8 +250,14 @@ def _functional(groups: Iterable[Dataset], sequence: str, name: str) -> Any:
 
 
 def _slice(
-    ds: Dataset, frame: int | None, orientation: Any, position: Any, spacing: Any, thickness: Any, order: tuple
-) -> _Slice:  # fmt: skip
+    ds: Dataset,
+    frame: int | None,
+    orientation: Any,
+    position: Any,
+    spacing: Any,
+    thickness: Any,
+    order: tuple,
+) -> _Slice:
     if spacing is None or len(spacing) != 2:
         raise Quarantined("no_spacing", "no PixelSpacing")
     if orientation is None or position is None or len(orientation) != 6 or len(position) != 3:
@@ -248,9 +273,15 @@ def _slice(
     vectors /= lengths[:, np.newaxis]
     rows, columns = int(ds.Rows), int(ds.Columns)
     return _Slice(
-        ds, frame, (rows, columns), vectors, np.array([float(v) for v in position]), (float(spacing[0]), float(spacing[1])),
-        None if thickness in (None, "") else abs(float(thickness)), order,
-    )  # fmt: skip
+        ds,
+        frame,
+        (rows, columns),
+        vectors,
+        np.array([float(v) for v in position]),
+        (float(spacing[0]), float(spacing[1])),
+        None if thickness in (None, "") else abs(float(thickness)),
+        order,
+    )
 
 
 def _stack(slices: list[_Slice], modality: str) -> Raw:
@@ -277,9 +308,15 @@ def _stack(slices: list[_Slice], modality: str) -> Raw:
     frames = pixels.array.reshape(-1, len(groups), *first.shape)
     padding = None if pixels.padding is None else pixels.padding.reshape(frames.shape)
     return Raw(
-        frames=frames, affine=affine, slope=pixels.slope, intercept=pixels.intercept, modality=modality,
-        units=pixels.units, padding=padding, provenance=technical_fields(first.dataset, pixels.notes),
-    )  # fmt: skip
+        frames=frames,
+        affine=affine,
+        slope=pixels.slope,
+        intercept=pixels.intercept,
+        modality=modality,
+        units=pixels.units,
+        padding=padding,
+        provenance=technical_fields(first.dataset, pixels.notes),
+    )
 
 
 def _by_position(slices: list[_Slice], normal: np.ndarray) -> list[list[_Slice]]:
@@ -317,9 +354,12 @@ def _step(slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
     if (off := np.abs(gaps - median) > max(EVEN * median, 1e-2)).any():
         ratios = gaps[off] / median
         whole = (ratios > 1.5).all() and np.abs(ratios - np.round(ratios)).max() < 0.1
-        detail = f"{int(off.sum())} of {len(gaps)} distances differ from {median:.2f} mm, the largest is {gaps.max():.2f} mm"
+        detail = f"{int(off.sum())} of {len(gaps)} distances differ from {median:.2f} mm, up to {gaps.max():.2f} mm"
         raise Quarantined("missing_slices" if whole else "uneven_spacing", detail)
-    return normal * float(along[-1] / (len(slices) - 1))
+    step = float(along[-1] / (len(slices) - 1))
+    if (worst := np.abs(along - step * np.arange(len(slices))).max()) > OFF_GRID * step:
+        raise Quarantined("uneven_spacing", f"a slice lies {worst:.2f} mm off an even grid of {step:.2f} mm")
+    return normal * step
 
 
 def _projection(datasets: list[Dataset]) -> Raw:
@@ -341,11 +381,17 @@ def _projection(datasets: list[Dataset]) -> Raw:
         y, x = (float(v) for v in spacing)
         affine = np.diag([x, y, x, 1.0])
     return Raw(
-        frames=pixels.array[np.newaxis], affine=affine, slope=pixels.slope, intercept=pixels.intercept,
-        spacing_known=spacing is not None, has_position=False, modality="XR", units="arbitrary",
+        frames=pixels.array[np.newaxis],
+        affine=affine,
+        slope=pixels.slope,
+        intercept=pixels.intercept,
+        spacing_known=spacing is not None,
+        has_position=False,
+        modality="XR",
+        units="arbitrary",
         padding=None if pixels.padding is None else pixels.padding[np.newaxis],
         provenance=technical_fields(ds, pixels.notes),
-    )  # fmt: skip
+    )
 
 
 def _sequence(value: Any) -> list:

@@ -1,7 +1,7 @@
 """DICOM pixel values: decompression, stored bits, MONOCHROME1, rescale, padding, PET SUV.
 
-Sources: DICOM PS3.3 C.7.6.3 (image pixel), C.11.1 (modality LUT), C.8.9 (PET); QIBA SUV vendor-neutral pseudo-code.
-VOI LUTs are never applied: they are for display.
+Sources: DICOM PS3.3 C.7.6.3 (image pixel), C.11.1 (modality LUT), C.8.9 (PET); QIBA SUV vendor-neutral
+pseudo-code. VOI LUTs are never applied: they are for display.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ PHILIPS_SUV = (0x7053, 0x1000)
 
 @dataclass(frozen=True)
 class Pixels:
-    """``array`` (n, y, x); real = array*slope + intercept; ``padding`` (n, y, x) bool or None; ``notes`` technical."""
+    """``array`` (n, y, x); real = array*slope + intercept; ``padding`` (n, y, x) bool or None; ``notes``
+    technical."""
 
     array: np.ndarray
     slope: float
@@ -37,8 +38,8 @@ class Pixels:
 def decode(sources: Sequence[Source], modality: str) -> Pixels:
     """Decode (dataset, frame number or None, functional groups) in order.
 
-    Slices of one rescale keep their stored integers. Where the rescale varies from slice to slice (PET, Philips MR)
-    the real values are returned as float32 with slope 1.
+    Slices of one rescale keep their stored integers. Where the rescale varies from slice to slice (PET,
+    Philips MR) the real values are returned as float32 with slope 1.
     """
     whole: dict[int, np.ndarray] = {}  # multi-frame objects are decoded once
     planes, scales, paddings = [], [], []
@@ -64,10 +65,13 @@ def decode(sources: Sequence[Source], modality: str) -> Pixels:
         pairs = [(slope * factor, intercept * factor) for slope, intercept in pairs]
         units = "SUV"
     array = np.stack(planes)
-    padding = np.stack(paddings) if modality == "CT" and any(p.any() for p in paddings) else None
+    padded = modality in ("CT", "XR") and any(p.any() for p in paddings)
+    padding = np.stack(paddings) if padded else None
     if len(set(pairs)) == 1:
         slope, intercept = pairs[0]
-        if padding is not None:  # padding inside the range of air cannot be told from air
+        if (
+            padding is not None and modality == "CT"
+        ):  # padding inside the range of air cannot be told from air
             padding &= array * slope + intercept < -1024
         return Pixels(
             array, slope, intercept, units, padding if padding is not None and padding.any() else None, notes
@@ -76,7 +80,7 @@ def decode(sources: Sequence[Source], modality: str) -> Pixels:
     real = np.empty(array.shape, np.float32)
     for n, (slope, intercept) in enumerate(pairs):
         real[n] = array[n] * np.float64(slope) + intercept
-    if padding is not None:
+    if padding is not None and modality == "CT":
         padding &= real < -1024
     return Pixels(real, 1.0, 0.0, units, padding, notes)
 
@@ -107,7 +111,8 @@ def _stored(ds: Dataset) -> np.ndarray:
 
 
 def significant_bits(array: np.ndarray, stored: int, high: int, signed: bool) -> np.ndarray:
-    """Keep ``stored`` bits ending at bit ``high``; the rest (overlays, garbage) is dropped, the sign extended."""
+    """Keep ``stored`` bits ending at bit ``high``; the rest (overlays, garbage) is dropped, the sign
+    extended."""
     width = array.dtype.itemsize * 8
     if stored < 1 or high >= width or stored > high + 1:
         raise Quarantined("unreadable", f"BitsStored {stored}, HighBit {high} in {width} bits")
@@ -167,8 +172,8 @@ def _units(ds: Dataset, modality: str, rescaled: bool) -> str:
 def suv_factor(datasets: Sequence[Dataset], notes: dict[str, str]) -> float | None:
     """Factor from real PET values to SUVbw (g/ml), or None (noted) where the tags do not allow it.
 
-    SUVbw = activity concentration [Bq/ml] * weight [g] / dose [Bq], the dose decayed to the time that the image is
-    corrected to. Units CNTS need Philips' private factor; GML is SUV already.
+    SUVbw = activity concentration [Bq/ml] * weight [g] / dose [Bq], the dose decayed to the time that the
+    image is corrected to. Units CNTS need Philips' private factor; GML is SUV already.
     """
     ds = datasets[0]
     units = str(ds.get("Units", "")).upper()

@@ -1,4 +1,5 @@
-"""NRRD and MetaImage (MHA, MHD), read with SimpleITK. Sources: teem NRRD format page; MetaIO documentation."""
+"""NRRD and MetaImage (MHA, MHD), read with SimpleITK. Sources: teem NRRD format page; MetaIO
+documentation."""
 
 from __future__ import annotations
 

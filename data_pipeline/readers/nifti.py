@@ -20,8 +20,8 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
     """Unscaled voxels with slope and intercept.
 
     The sform is used if its code is above 0, else the qform; with neither the file is quarantined as
-    ``no_geometry`` unless ``accept_no_form``: then the spacing alone is taken, on RAS axes as NIfTI's method 1
-    says. ``provenance["qform_differs"]`` is set where both exist and lie more than a voxel apart.
+    ``no_geometry`` unless ``accept_no_form``: then the spacing alone is taken, on RAS axes as NIfTI's method
+    1 says. ``provenance["qform_differs"]`` is set where both exist and lie more than a voxel apart.
     """
     import nibabel
 

@@ -13,8 +13,8 @@ from data_pipeline.readers.raw import Raw
 def decode(path: Path) -> Raw:
     """(1, 1, y, x) as stored: 8 or 16 bit integers or float32.
 
-    Resolution tags are those of printing or a screen (72 dpi), not of the patient, and are not used. A palette
-    is applied, an alpha channel must be opaque.
+    Resolution tags are those of printing or a screen (72 dpi), not of the patient, and are not used. A
+    palette is applied, an alpha channel must be opaque.
     """
     from PIL import Image, UnidentifiedImageError
 

@@ -14,11 +14,11 @@ from data_pipeline.errors import Quarantined
 class Raw:
     """Decoded frames on one grid.
 
-    ``frames`` (t, z, y, x) in the dtype of the file, native byte order; real value = ``frames*slope + intercept``.
-    ``affine``: x, y, z index to LPS mm. ``spacing_known`` is False where the format states no spacing (the affine
-    then has unit spacing), ``has_position`` False where it states no place in the patient (a picture).
-    ``modality`` and ``units`` only where the header states them. ``padding`` marks voxels that the header calls
-    padding, (t, z, y, x) or None.
+    ``frames`` (t, z, y, x) in the dtype of the file, native byte order; real value = ``frames*slope +
+    intercept``. ``affine``: x, y, z index to LPS mm. ``spacing_known`` is False where the format states no
+    spacing (the affine then has unit spacing), ``has_position`` False where it states no place in the
+    patient (a picture). ``modality`` and ``units`` only where the header states them. ``padding`` marks
+    voxels that the header calls padding, (t, z, y, x) or None.
     """
 
     frames: np.ndarray
