@@ -171,7 +171,7 @@ def fit_scale(shape_stem: Sequence[int], kind: str, capacity: int, lowest: float
 
 @lru_cache(maxsize=256)
 def largest_box(kind: str, capacity: int, residual: float) -> int:
-    """Most voxels a crop of up to `capacity` tokens reads if an output voxel spans up to `residual` of them."""
+    """Most voxels a crop of up to `capacity` tokens reads at up to `residual` voxels per output voxel."""
     step = [p * (residual if zoom else 1.0) for p, zoom in zip(PATCH[kind], ZOOMED[kind])]
     most = 0
     for a in range(1, capacity + 1):

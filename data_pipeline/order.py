@@ -260,7 +260,7 @@ class Order:
         return count
 
     def _focus(self, row: int, u: Sequence[float]) -> Triple | None:
-        """A labelled voxel, stored (z, y, x): a random one of those listed for a random class; None if none is."""
+        """A labelled voxel, stored (z, y, x), listed for a random class; None if none is listed."""
         listed = [entry for entry in self.manifest.row(row).get("foreground") or () if len(entry["voxels"])]
         if not listed:
             return None

@@ -1,0 +1,321 @@
+"""Manifest → batches, in the exact order, at any number of workers.
+
+A `webdataset.DataPipeline` whose source is the order: it yields the work of one rank (update, group), which
+is mapped to crops by verified box reads and collated a group at a time. It is loaded with
+`webdataset.WebLoader(batch_size=None)`: worker w of N takes the micro-steps m ≡ w mod N and the loader visits
+the workers in turn, so that batches come in order of m whatever N is. There is no shuffle buffer and no
+state, hence nothing to replay on a resume.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+import webdataset as wds
+
+from data_pipeline.errors import UserError
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Draw, Order, lanes_of
+from data_pipeline.shard_reader import DamagedSample, ShardReader
+
+log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
+LEVELS = ("image", "l1", "l2")
+#: Substitutes tried for one crop before the data count as unusable.
+SUBSTITUTES = 8
+
+
+@dataclass
+class Crop:
+    """One crop as read. `voxels` is (z, y, x) in stem order, stored dtype; (c, z, y, x) if all channels were
+    asked for.
+
+    norm: float64 (7,): slope, intercept, low, high, center, scale, compress; (c, 7) for all channels. seg:
+    uint8 (layer, z, y, x) in stem order over the same voxels, or None. substituted: the sample the order
+    chose was damaged and this is another.
+    """
+
+    draw: Draw
+    key: str
+    modality: str
+    voxels: np.ndarray
+    norm: np.ndarray
+    seg: np.ndarray | None
+    substituted: bool
+
+
+@dataclass(frozen=True)
+class _Work:
+    update: int
+    group: int | None
+
+
+@dataclass(frozen=True)
+class _Done(Generic[Batch]):
+    batch: Batch
+    damaged: int
+
+
+@dataclass(frozen=True)
+class _Failed:
+    message: str
+
+
+class _Source:
+    """The work of one rank, endless; in a worker process, that worker's share of it."""
+
+    def __init__(self, lanes: list[int | None], start_update: int) -> None:
+        self.lanes, self.start_update = lanes, start_update
+
+    def __call__(self) -> Iterator[_Work]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for m in itertools.count(first, step):
+            yield _Work(self.start_update + m // len(self.lanes), self.lanes[m % len(self.lanes)])
+
+
+class _Reader:
+    """Pipeline stages from work to batches; counts damage for its own process."""
+
+    def __init__(
+        self,
+        shards: ShardReader,
+        manifest: Manifest,
+        order: Order,
+        collate: Callable[[int, int | None, list[Crop]], Any],
+        with_seg: bool,
+        all_channels: bool,
+        max_damage: float,
+    ) -> None:
+        self.shards, self.manifest, self.order, self.collate = shards, manifest, order, collate
+        self.with_seg, self.all_channels, self.max_damage = with_seg, all_channels, max_damage
+        self.seen = self.damaged = 0
+        self._keys, self._modality = manifest.column("key"), manifest.column("modality")
+        self._has_seg = manifest.column("seg_offset") if with_seg else None
+        self._norms: dict[int, np.ndarray] = {}
+
+    def read(self, source: Iterator[_Work]) -> Iterator[tuple[_Work, list[Crop]] | _Failed]:
+        """Stage: the crops of each group; none for a micro-step without one."""
+        for work in source:
+            try:
+                draws = [] if work.group is None else self.order.group_draws(work.update, work.group)
+                yield work, [self.crop(draw) for draw in draws]
+            except UserError as error:
+                # Raised in the reading process, where a worker's traceback would bury the line.
+                yield _Failed(str(error))
+                return
+
+    def assemble(
+        self, source: Iterator[tuple[_Work, list[Crop]] | _Failed]
+    ) -> Iterator[_Done[Any] | _Failed]:
+        """Stage: batches."""
+        for item in source:
+            if isinstance(item, _Failed):
+                yield item
+                return
+            work, crops = item
+            batch = self.collate(work.update, work.group, crops)
+            yield _Done(batch, sum(crop.substituted for crop in crops))
+
+    def crop(self, draw: Draw) -> Crop:
+        """The crop of a draw, or its first readable substitute, which depends on index and damage alone."""
+        self.seen += 1
+        taken = draw
+        for attempt in range(1, SUBSTITUTES + 2):
+            try:
+                crop = self._cut(taken)
+            except DamagedSample as damage:
+                log.warning("crop %d: %s; another sample is drawn", draw.index, damage)
+                fault = damage
+                taken = self.order.substitute(draw.index, attempt)
+                continue
+            if attempt > 1:
+                self._count(fault)
+                crop.substituted = True
+            return crop
+        raise UserError(
+            f"{fault}, and so are {SUBSTITUTES} others; run `medfm shards verify {self.manifest.root}`"
+        )
+
+    def _count(self, fault: DamagedSample) -> None:
+        self.damaged += 1
+        allowed = self.max_damage * max(self.seen, 100)
+        if self.damaged > allowed:
+            raise UserError(
+                f"{self.damaged} of {self.seen} crops hit damaged samples (allowed: {self.max_damage:.2%}); "
+                f"the last: {fault}; run `medfm shards verify {self.manifest.root}`"
+            )
+
+    def _cut(self, draw: Draw) -> Crop:
+        channel = None if self.all_channels else draw.channel
+        box = draw.origin, draw.extent
+        voxels = self.shards.read_box(draw.row, LEVELS[draw.level], channel, *box)
+        seg = None
+        if self._has_seg is not None and self._has_seg[draw.row] >= 0:
+            if draw.level:
+                raise ValueError("labels are stored at level 0 only; draw with a window to read them")
+            seg = _to_stem(self.shards.read_box(draw.row, "seg", None, *box), draw.axes)
+        norm = self._norm(draw.row)
+        return Crop(
+            draw=draw,
+            key=str(self._keys[draw.row]),
+            modality=str(self._modality[draw.row]),
+            voxels=_to_stem(voxels, draw.axes),
+            norm=norm if channel is None else norm[channel],
+            seg=seg,
+            substituted=False,
+        )
+
+    def _norm(self, row: int) -> np.ndarray:
+        """Normalisation of every channel of a sample, (c, 7); kept for a few thousand samples."""
+        if row not in self._norms:
+            if len(self._norms) > 4096:
+                self._norms.clear()
+            self._norms[row] = np.asarray(self.manifest.row(row)["norm"], dtype=np.float64).reshape(-1, 7)
+        return self._norms[row]
+
+
+def _to_stem(array: np.ndarray, axes: tuple[int, int, int]) -> np.ndarray:
+    """(…, z, y, x) → (…, stem order), contiguous."""
+    lead = array.ndim - 3
+    return np.ascontiguousarray(array.transpose(*range(lead), *(lead + a for a in axes)))
+
+
+class Stream(Generic[Batch]):
+    """An endless iterator of batches. `damaged` counts the crops replaced so far. Close it, or leave a `with`
+    block, to end its workers.
+    """
+
+    def __init__(self, pipeline: wds.DataPipeline, workers: int, prefetch: int) -> None:
+        self.damaged = 0
+        # Not inherited by name and free of locks, so that a signal handler may read it.
+        self._closing = multiprocessing.get_context("fork").RawValue("b", 0) if workers else None
+        options: dict[str, Any] = {}
+        if workers:
+            main = threading.current_thread() is threading.main_thread()
+            options = {
+                "prefetch_factor": prefetch,
+                "multiprocessing_context": "fork",
+                "worker_init_fn": partial(_start_worker, self._closing, os.getpid(), main),
+            }
+        # Its own generator: the loader draws a seed that nobody uses, and must not move the one of the
+        # training process.
+        loader = wds.WebLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=workers,
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
+        self._items: Any = iter(loader)
+        # At exit, too, and before multiprocessing waits for children that ignore its SIGTERM.
+        self._end = partial(_allow_end, self._closing)
+        atexit.register(self._end)
+        weakref.finalize(self, self._end)
+
+    def __iter__(self) -> Stream[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._items is None:
+            raise StopIteration
+        try:
+            item = next(self._items)
+        except RuntimeError as error:
+            self.close()
+            if "DataLoader worker (pid" in str(error):
+                raise UserError(
+                    "a loader worker was killed, most often for lack of memory or /dev/shm; set fewer engine.workers"
+                ) from error
+            raise
+        if isinstance(item, _Failed):
+            self.close()
+            raise UserError(item.message)
+        self.damaged += item.damaged
+        return item.batch
+
+    def close(self) -> None:
+        """End the workers; a second call does nothing."""
+        self._end()
+        atexit.unregister(self._end)
+        self._items = None
+
+    def __enter__(self) -> Stream[Batch]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _allow_end(closing: Any) -> None:
+    if closing is not None:
+        closing.value = 1
+
+
+def _start_worker(closing: Any, parent: int, tied: bool, _worker: int) -> None:
+    """One thread, and no death by the signals that end a job: the batches for the last save must still come.
+
+    A scheduler signals every process of a job. SIGINT is ignored; SIGTERM is heeded only once the stream is
+    closing. When the parent dies the kernel kills the worker (where it was started from the parent's main
+    thread, to whose life Linux ties it), else the loader's own watchdog ends it within seconds.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
+    if tied and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+    torch.set_num_threads(1)
+
+
+def open_stream(
+    root: str | Path,
+    manifest: Manifest,
+    order: Order,
+    *,
+    rank: int,
+    world: int,
+    start_update: int,
+    workers: int,
+    collate: Callable[[int, int | None, list[Crop]], Batch],
+    with_seg: bool = False,
+    all_channels: bool = False,
+    max_damage: float = 0.01,
+    prefetch: int = 2,
+) -> Stream[Batch]:
+    """Endless batches of one rank from `start_update` on: ceil(groups / world) consecutive ones an update, in
+    order.
+
+    collate: `(update, group, crops) -> batch`, run in the worker; `(update, None, [])` where this rank has no
+    group for a micro-step. Batches cross from workers through shared memory if they hold torch tensors.
+    with_seg: read labels too (level 0 only, so with an order that has a window). all_channels: read every
+    channel, not the drawn one. prefetch: batches a worker prepares ahead.
+
+    max_damage: share of crops of one process (of at least 100) that may come from damaged samples. Such a
+    crop is replaced by another of the same source, stratum and lane, counted in `Stream.damaged` and logged;
+    above the share, UserError.
+    """
+    reader = _Reader(
+        ShardReader(root, manifest), manifest, order, collate, with_seg, all_channels, max_damage
+    )
+    source = _Source(lanes_of(rank, world, order.groups), start_update)
+    return Stream(wds.DataPipeline(source, reader.read, reader.assemble), workers, prefetch)
