@@ -23,12 +23,15 @@ from data_pipeline.sources import SourceConfig, matches
 TABLES = (".csv", ".tsv", ".parquet")
 PAIRED = (".img",)  # read through its .hdr
 COLUMNS = ("image", "label", "modality", "subject", "split")
+# fmt: off
 MODALITY_WORDS = {
     "CT": {"ct", "cta", "cbct", "ldct"},
-    "MR": set(["mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "t1gd", "t1ce", "t1c", "t1n", "t2f", "t2s", "flair", "adc", "dwi", "pd", "swi"]),
+    "MR": {"mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "t1gd", "t1ce", "t1c", "t1n", "t2f", "t2s", "flair",
+           "adc", "dwi", "pd", "swi"},
     "PT": {"pt", "pet", "suv"},
     "XR": {"xr", "cxr", "xray", "dx", "cr", "mg", "radiograph"},
 }
+# fmt: on
 
 
 def detect(src: SourceConfig) -> str:
@@ -50,7 +53,7 @@ def detect(src: SourceConfig) -> str:
     dicom = [p for p in files if p.name.lower().endswith(DICOM) or _has_magic(p)]
     if plain and dicom:
         raise UserError(
-            f"{src.path}: holds {len(dicom)} DICOM files and {len(plain)} other images; state layout: dicom or folder"
+            f"{src.path}: holds {len(dicom)} DICOM files and {len(plain)} other images; state the layout"
         )
     return "dicom" if dicom else "folder"
 
@@ -127,7 +130,7 @@ def table(src: SourceConfig) -> list[Case]:
         modality = tuple(_word(m) or m for m in stated) or ((m,) if (m := src.modality_of(files[0])) else ())
         if not modality and not files[0].lower().endswith(DICOM) and not (root / files[0]).is_dir():
             raise UserError(
-                f"{src.path}: no modality for {files[0]}; add a column modality, or state modality: CT, MR, XR, PT"
+                f"{src.path}: no modality for {files[0]}; add a column modality, or state modality: CT"
             )
         label = row.get("label", "")
         cases.append(
@@ -181,7 +184,8 @@ def dicom_tree(src: SourceConfig) -> list[Case]:
                 subject=series.patient or series.study or top.name,
                 split=None,
                 modality=(series.modality,) if series.modality else (),
-                series=series.files,
+                series=series.uid,
+                files=series.files,
                 name=stem(series.files[0]) if single else top.name,
                 refused=Quarantined(series.code, path=series.files[0]) if series.code else None,
             )

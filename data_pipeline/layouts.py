@@ -23,7 +23,7 @@ class Case:
     ``modality`` holds one entry per channel, or is empty where the DICOM header decides. ``label_values``
     maps a value of the label file to a name; ``label_regions`` maps a name to all its values (overlaps
     allowed); ``annotated`` are the names that were looked for; values in ``ignore`` are neither class nor
-    background. ``series`` are the files of a DICOM series. ``refused`` is set where discovery can tell
+    background. ``series`` is the UID of a DICOM series and ``files`` its slices. ``refused`` is set where discovery can tell
     already that the input is no image; it is to be quarantined, not read.
     """
 
@@ -39,7 +39,8 @@ class Case:
     annotated: tuple[str, ...] = ()
     ignore: frozenset[int] = frozenset()
     units: str | None = None
-    series: tuple[Path, ...] | None = None
+    series: str | None = None
+    files: tuple[Path, ...] | None = None
     name: str = ""
     refused: Quarantined | None = None
 
@@ -81,7 +82,7 @@ def read_case(case: Case, src: SourceConfig, seed: int = 0) -> list[Volume]:
             field_mm=src.field_mm,
             accept_no_form=src.accept_no_form,
             units=case.units,
-            series=case.series,
+            series=case.files or case.series,
             accept_secondary=src.accept_secondary,
         )
         return [volume]
@@ -94,7 +95,7 @@ def read_case(case: Case, src: SourceConfig, seed: int = 0) -> list[Volume]:
         field_mm=src.field_mm,
         accept_no_form=src.accept_no_form,
         units=case.units,
-        series=case.series,
+        series=case.files or case.series,
         accept_secondary=src.accept_secondary,
     )
 
@@ -128,7 +129,7 @@ def label_for(src: SourceConfig, rel: str) -> Path | None:
         name = substitute(src.label_glob, captured if "*" in src.label_glob or "?" in src.label_glob else ())
         if name is None:
             raise UserError(
-                f"source {src.name!r}: label_glob {src.label_glob!r} and include {glob!r} differ in their wildcards"
+                f"source {src.name!r}: label_glob {src.label_glob!r} and include {glob!r} differ in wildcards"
             )
         root = src.path if src.path.is_dir() else src.path.parent
         return root / name if (root / name).is_file() else None
@@ -140,7 +141,8 @@ def _declare(src: SourceConfig, case: Case) -> Case:
     rel = relative(case.images[0], src.path)
     declared = src.modality_of(rel)
     changes: dict[str, object] = {"units": src.units_of(rel)}
-    if (declared is not None and isinstance(src.modality, dict) and case.channel_names is None) or (declared is not None and len(case.modality) <= 1):
+    many = case.channel_names is not None and len(case.channel_names) > 1
+    if declared is not None and not many:
         changes["modality"] = (declared,)
     elif (
         isinstance(src.modality, dict) and not case.modality and src.layout != "dicom" and case.series is None

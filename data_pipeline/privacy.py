@@ -21,67 +21,18 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 32
 OLDEST = 89
+# fmt: off
 VENDORS = (
-    "agfa",
-    "canon",
-    "carestream",
-    "elekta",
-    "fujifilm",
-    "ge",
-    "hitachi",
-    "hologic",
-    "konica",
-    "mediso",
-    "philips",
-    "shimadzu",
-    "siemens",
-    "toshiba",
-    "united imaging",
-    "varian",
+    "agfa", "canon", "carestream", "elekta", "fujifilm", "ge", "hitachi", "hologic", "konica", "mediso",
+    "philips", "shimadzu", "siemens", "toshiba", "united imaging", "varian",
 )
-BODY_PARTS = frozenset(
-    [
-        "ABDOMEN",
-        "ABDOMENPELVIS",
-        "ANKLE",
-        "ARM",
-        "BRAIN",
-        "BREAST",
-        "CHEST",
-        "CHESTABDOMEN",
-        "CHESTABDPELVIS",
-        "CSPINE",
-        "ELBOW",
-        "EXTREMITY",
-        "FEMUR",
-        "FOOT",
-        "FOREARM",
-        "HAND",
-        "HEAD",
-        "HEADNECK",
-        "HEART",
-        "HIP",
-        "KIDNEY",
-        "KNEE",
-        "LEG",
-        "LIVER",
-        "LSPINE",
-        "LUNG",
-        "MEDIASTINUM",
-        "NECK",
-        "ORBIT",
-        "PANCREAS",
-        "PELVIS",
-        "PROSTATE",
-        "SHOULDER",
-        "SKULL",
-        "SPINE",
-        "TSPINE",
-        "UTERUS",
-        "WHOLEBODY",
-        "WRIST",
-    ]
-)
+BODY_PARTS = {
+    "ABDOMEN", "ABDOMENPELVIS", "ANKLE", "ARM", "BRAIN", "BREAST", "CHEST", "CHESTABDOMEN", "CHESTABDPELVIS",
+    "CSPINE", "ELBOW", "EXTREMITY", "FEMUR", "FOOT", "FOREARM", "HAND", "HEAD", "HEADNECK", "HEART", "HIP",
+    "KIDNEY", "KNEE", "LEG", "LIVER", "LSPINE", "LUNG", "MEDIASTINUM", "NECK", "ORBIT", "PANCREAS", "PELVIS",
+    "PROSTATE", "SHOULDER", "SKULL", "SPINE", "TSPINE", "UTERUS", "WHOLEBODY", "WRIST",
+}
+# fmt: on
 #: Numeric DICOM fields kept, as numbers.
 NUMBERS = (
     "MagneticFieldStrength",

@@ -354,7 +354,9 @@ def _step(slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
     if (off := np.abs(gaps - median) > max(EVEN * median, 1e-2)).any():
         ratios = gaps[off] / median
         whole = (ratios > 1.5).all() and np.abs(ratios - np.round(ratios)).max() < 0.1
-        detail = f"{int(off.sum())} of {len(gaps)} distances differ from {median:.2f} mm, up to {gaps.max():.2f} mm"
+        detail = (
+            f"{int(off.sum())} of {len(gaps)} distances are not {median:.2f} mm, up to {gaps.max():.2f} mm"
+        )
         raise Quarantined("missing_slices" if whole else "uneven_spacing", detail)
     step = float(along[-1] / (len(slices) - 1))
     if (worst := np.abs(along - step * np.arange(len(slices))).max()) > OFF_GRID * step:
