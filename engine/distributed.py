@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import random
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,6 +80,7 @@ def join(config: EngineConfig) -> World:
     The group serves every later call in this process, since DeepSpeed keeps its own reference to it, and is
     destroyed at exit: a gloo thread that outlives it aborts the interpreter now and then.
     """
+    die_with_parent()
     device = pick_device(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -99,6 +103,14 @@ def join(config: EngineConfig) -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
         atexit.register(leave)
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this worker when torchrun or the launcher dies, so that none trains on alone."""
+    if sys.platform == "linux" and ({"TORCHELASTIC_RUN_ID", "MEDFM_LAUNCHED"} & os.environ.keys()):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave() -> None:

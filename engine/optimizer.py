@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,6 +69,14 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
     model = Autocast(task.model, world.device, config.precision == "bf16").to(world.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
     return engine, partition_of(engine, names, config.zero_stage, world.rank, world.size)
+
+
+def whole_model(engine: Any, stage: int) -> AbstractContextManager[Any]:
+    """Inside, every rank holds every parameter, so that evaluation need not run in step on all ranks (ZeRO 3)."""
+    if stage < 3:
+        return nullcontext()
+    context: AbstractContextManager[Any] = import_deepspeed().zero.unwrap_model_for_generation(engine)
+    return context
 
 
 def prepare_model(model: nn.Module, config: EngineConfig) -> None:

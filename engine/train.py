@@ -16,7 +16,7 @@ from engine import checkpoint
 from engine.distributed import World, join, seed_process, untouched_generators
 from engine.errors import UserError
 from engine.logs import Logs
-from engine.optimizer import wrap
+from engine.optimizer import whole_model, wrap
 from engine.recipe import EngineConfig, difference, identity_of, save_recipe
 from engine.schedule import learning_rate, set_learning_rate
 from engine.signals import StopRequest
@@ -236,10 +236,12 @@ class _Loop:
             "enabled": self.config.precision == "bf16",
         }
         self.engine.eval()
-        with untouched_generators(), torch.no_grad(), torch.autocast(**context):  # type: ignore[arg-type]
+        whole = whole_model(self.engine, self.config.zero_stage)
+        with whole, untouched_generators(), torch.no_grad(), torch.autocast(**context):  # type: ignore[arg-type]
             seed_process(self.config.seed)
             scores = task.evaluate(update, world.rank, world.size, self.logs.writer)
             task.pictures(update, world.rank, world.size, self.logs.writer)
+            world.barrier()
         self.engine.train(was_training)
         if scores:
             self.logs.scalars(
