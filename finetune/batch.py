@@ -191,9 +191,8 @@ class _Row(NamedTuple):
 
 
 def _stack(shape: Shape, rows: Sequence[_Row]) -> Windows:
-    def tensor(values: Sequence[object], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.stack([np.ascontiguousarray(v) for v in values])).to(dtype)  # type:
-        ignore[arg - type]
+    def tensor(values: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.stack(values)).to(dtype)
 
     return Windows(
         tensor([r.image for r in rows], torch.float32),

@@ -95,8 +95,8 @@ class PromptableSession:
                 f"{self.net.config.channels}; give one file per channel"
             )
         geometry, axes = geometry_of(volume.shape, volume.spacing)
-        if self.net.encoder is not None and geometry not in self.net.encoder.config.patch:  # type:
-        ignore[union-attr,operator]
+        encoder: Any = self.net.encoder
+        if encoder is not None and geometry not in encoder.config.patch:
             raise UserError(f"the model's encoder has no stem for {geometry} images")
         image_lps = normalised_volume(volume, self.plan)
         a, b, c = axes
