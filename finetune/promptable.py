@@ -203,7 +203,6 @@ class PromptableModel(nn.Module):
             self.entry = TokenEntry(sized.width, len(self.depths), config.widths)
             if frozen:
                 encoder.requires_grad_(False)
-        self.to(memory_format=torch.channels_last_3d)
 
     def train(self, mode: bool = True) -> PromptableModel:
         """Training mode, except for a frozen encoder."""
