@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
-from data_pipeline.stream import Crop
 from torch import Tensor
 
 from data_pipeline.geometry import Kind
@@ -23,6 +22,9 @@ from data_pipeline.order import RowSpec
 from data_pipeline.rng import rng
 from pretrain.masking import block_order, random_order
 from pretrain.recipe import AugmentConfig, ObjectiveConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.stream import Crop
 
 MODALITIES = ("CT", "MR", "PT", "XR")
 _STANDARDISED = ("MR", "XR")  # arbitrary units, where a change of the tone curve is not a change of meaning

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from data_pipeline.stream import open_stream
+from data_pipeline.stream import Stream, open_stream
 from torch import Tensor, nn
 
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import MixtureConfig, Order
 from pretrain.baselines import baseline_errors
-from pretrain.batch import MODALITIES, Collate, RowBlock, to_device
+from pretrain.batch import MODALITIES, Batch, Collate, RowBlock, to_device
 from pretrain.mae import Reconstruction, crop_error, patch_normalised
 from pretrain.pictures import Picture, picture_of
 from pretrain.recipe import EvaluationConfig, ObjectiveConfig
@@ -78,17 +78,20 @@ class HeldOut:
             self.config.batches * self.order.batch_size, 1 + len(PREDICTORS), dtype=torch.float64
         )
         self.pictures = []
-        stream = open_stream(
+        stream: Stream[Batch] = open_stream(
             self.manifest.root, self.manifest, self.order, rank=rank, world=world, start_update=0, workers=0,
             collate=self.collate, max_damage=1.0,
         )  # fmt: skip
-        with torch.no_grad():
+        was_training = model.training
+        model.eval()  # no drop-path; masking does not depend on the mode
+        with torch.no_grad(), stream:
             for batch in islice(stream, steps):
                 placed = to_device(batch, device)
                 results = model(placed, reconstruct=True)
                 for (name, block), result in zip(placed.items(), results):
                     self._enter(table, block, result)
                     self._keep_pictures(name, block, result)
+        model.train(was_training)
         if world > 1 and dist.is_initialized():
             shared = table.to(device)
             dist.all_reduce(shared)

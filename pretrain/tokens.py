@@ -39,6 +39,7 @@ class Tokens(NamedTuple):
     target_centres: Tensor  # (n, p, 3) float32
     target_ids: Tensor  # (n, p) int64
     predicted: Tensor  # (n, p) bool: a predicted token stands here
+    voxel_offsets: Tensor  # (n, P, 3) float32: voxel centres from their token's centre, mm, patient z, y, x
     valid: Tensor  # (n,) int64: valid tokens of the crop
 
 
@@ -76,8 +77,18 @@ def tokenise(block: RowBlock, patch: Patch, objective: ObjectiveConfig) -> Token
         target_centres=take(centres, target_ids),
         target_ids=target_ids,
         predicted=is_predicted,
+        voxel_offsets=voxel_offsets(block, patch),
         valid=valid,
     )
+
+
+def voxel_offsets(block: RowBlock, patch: Patch) -> Tensor:
+    """Centres of a token's voxels (n, P, 3) from the token's centre, in mm along the patient's z, y, x."""
+    steps = [torch.arange(p, device=block.spacing.device) - (p - 1) / 2 for p in patch]
+    stem = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1).reshape(1, -1, 3)
+    stem = stem * block.spacing[:, None]
+    patient = torch.argsort(block.axes, dim=1)  # stem axis of each patient axis
+    return stem.gather(2, patient[:, None].expand_as(stem))
 
 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""Crops made by hand, so that these tests need no dataset."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.geometry import PATCH
+from data_pipeline.order import RowSpec
+from model.config import EncoderConfig
+from pretrain.batch import Batch, Collate
+from pretrain.mae import MaskedAutoencoder
+from pretrain.recipe import AugmentConfig, ObjectiveConfig
+
+INVALID = -32768
+NORM = {
+    "CT": (1.0, -1024.0, -1024.0, 3071.0, -200.0, 500.0, 0.0),
+    "MR": (0.5, 0.0, 0.0, 900.0, 300.0, 120.0, 0.0),
+    "PT": (0.01, 0.0, 0.0, 100.0, 1.0, 1.0, 1.0),
+    "XR": (1.0, 0.0, 10.0, 1800.0, 800.0, 300.0, 0.0),
+}
+
+
+def small_objective(**changes: Any) -> ObjectiveConfig:
+    settings: dict[str, Any] = {
+        "decoder_width": 48, "decoder_depth": 1, "decoder_heads": 2, "augment": AugmentConfig(),
+    }  # fmt: skip
+    return ObjectiveConfig(**(settings | changes))
+
+
+def hand_crop(
+    geometry: str,
+    shape: tuple[int, int, int],
+    *,
+    index: int = 0,
+    spec: int = 0,
+    slot: int = 0,
+    modality: str = "CT",
+    axes: tuple[int, int, int] = (0, 1, 2),
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    invalid: float = 0.0,
+    seed: int = 0,
+) -> Any:
+    """A crop of random voxels (`shape` in stem order), with a share of invalid ones."""
+    generator = np.random.default_rng(seed)
+    voxels = generator.integers(0, 2000, shape).astype(np.int16)
+    voxels[generator.random(shape) < invalid] = INVALID
+    grid = tuple(-(-n // p) for n, p in zip(shape, PATCH[geometry]))
+    draw = SimpleNamespace(
+        index=index, spec=spec, slot=slot, grid=grid, residual=(1.0, 1.0, 1.0), axes=axes,
+        start_mm=(3.0, 40.0, 5.0), spacing=spacing,
+    )  # fmt: skip
+    return SimpleNamespace(
+        draw=draw, key=f"k{index}", modality=modality, voxels=voxels, norm=np.array(NORM[modality]),
+        seg=None, substituted=False,
+    )  # fmt: skip
+
+
+def row_spec(geometry: str, k: int, rows: int, slots: int) -> RowSpec:
+    capacity = slots // k
+    return RowSpec(geometry, k, rows, capacity, capacity * int(np.prod(PATCH[geometry])))
+
+
+def build(
+    specs: list[RowSpec],
+    crops: list[Any],
+    *,
+    crops_per_update: int | None = None,
+    augment: bool = True,
+    encoder: dict[str, Any] | None = None,
+    seed: int = 0,
+    **objective: Any,
+) -> tuple[MaskedAutoencoder, Batch]:
+    """A small network, always the same for the same settings, and a batch of hand-made crops."""
+    settings = small_objective(**objective)
+    torch.manual_seed(7)
+    config = EncoderConfig(**({"size": None, "width": 48, "depth": 2, "heads": 2} | (encoder or {})))
+    model = MaskedAutoencoder(config, settings, crops_per_update or len(crops))
+    collate = Collate(specs, settings, model.encoder.depth, seed, augment=augment)
+    return model, collate(0, 0, crops)
+
+
+@pytest.fixture
+def hand() -> Any:
+    """`hand.crop`, `hand.spec`, `hand.build`: the functions above."""
+    return SimpleNamespace(crop=hand_crop, spec=row_spec, build=build)

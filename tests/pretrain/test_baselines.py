@@ -1,0 +1,69 @@
+"""The two predictors without parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.baselines import baseline_errors, interpolation, visible_mean
+from pretrain.tokens import tokenise
+
+CASES = [
+    ("volume", (32, 40, 24), (0, 1, 2), (1.0, 1.5, 2.0)),
+    ("slab", (8, 96, 64), (2, 0, 1), (5.0, 0.7, 0.9)),
+    ("planar", (1, 128, 160), (0, 1, 2), (1.0, 0.5, 0.5)),
+]
+
+
+def tokens_of(hand: Any, crop: Any, geometry: str, **changes: Any) -> Any:
+    model, batch = hand.build([hand.spec(geometry, 1, 1, 96)], [crop], augment=False, **changes)
+    return tokenise(next(iter(batch.values())), model.encoder.patch(geometry), model.objective)
+
+
+@pytest.mark.parametrize(("geometry", "shape", "axes", "spacing"), CASES)
+def test_interpolation_follows_a_ramp_in_any_orientation(
+    geometry: str, shape: Any, axes: Any, spacing: Any, hand: Any
+) -> None:
+    crop = hand.crop(geometry, shape, axes=axes, spacing=spacing)
+    ramp = np.zeros(shape)
+    for axis, slope in enumerate((4.0, 3.0, 7.0)):
+        along = (np.arange(shape[axis]) + 0.5) * spacing[axis] * slope
+        ramp += along.reshape([-1 if a == axis else 1 for a in range(3)])
+    crop.voxels = np.round(1000 + ramp).astype(np.int16)
+    mean, interpolated = baseline_errors(tokens_of(hand, crop, geometry))
+    assert float(interpolated) < 0.1 * float(mean)
+
+
+def test_mean_is_that_of_visible_valid_voxels(hand: Any) -> None:
+    crop = hand.crop("volume", (20, 40, 24), invalid=0.3)
+    tokens = tokens_of(hand, crop, "volume")
+    values = [
+        v
+        for token, there, attend in zip(tokens.visible[0], tokens.visible_inside[0], tokens.attend[0])
+        if attend
+        for v in token[there].tolist()
+    ]
+    assert float(visible_mean(tokens)[0, 0, 0]) == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_baselines_see_visible_tokens_only_and_are_finite(hand: Any) -> None:
+    crop = hand.crop("volume", (20, 40, 24), invalid=0.3)
+    tokens = tokens_of(hand, crop, "volume")
+    changed = tokens._replace(target=tokens.target + 5.0)
+    assert torch.equal(interpolation(tokens), interpolation(changed))
+    for lonely in (hand.crop("volume", (8, 8, 16)), hand.crop("volume", (8, 8, 8), invalid=1.0)):
+        few = tokens_of(hand, lonely, "volume")
+        assert bool(torch.stack(baseline_errors(few)).isfinite().all())
+
+
+def test_interpolation_beats_the_mean_on_smooth_images_and_not_on_noise(hand: Any) -> None:
+    crop = hand.crop("volume", (32, 40, 24))
+    mean, interpolated = baseline_errors(tokens_of(hand, crop, "volume"))
+    assert float(interpolated) > float(mean)
+    z, y, x = np.meshgrid(*(np.linspace(0, 2.5, n) for n in crop.voxels.shape), indexing="ij")
+    crop.voxels = (1000 + 500 * np.sin(z) * np.cos(y + x)).astype(np.int16)
+    mean, interpolated = baseline_errors(tokens_of(hand, crop, "volume"))
+    assert float(interpolated) < 0.6 * float(mean)
