@@ -349,7 +349,7 @@ class Order:
             )
             dealt = "dealt by shard" if cell.by_shard else "shared by all lanes (few shards or samples)"
             lines.append(
-                f"  {self.sources[source]} {spec.geometry} rows of {spec.k}: {len(cell.rows)} samples {dealt}, "
+                f"  {self.sources[source]} {spec.geometry} of {spec.k}: {len(cell.rows)} samples {dealt}, "
                 f"an epoch every {len(cell.rows) / per_update:.1f} updates"
             )
         if self.left_out:

@@ -62,7 +62,9 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
+    """One micro-step of a rank: a group of an update, or None where the rank has none left."""
+
     update: int
     group: int | None
 
@@ -78,17 +80,22 @@ class _Failed:
     message: str
 
 
+def work_of(lanes: list[int | None], start_update: int, worker: int = 0, workers: int = 1) -> Iterator[Work]:
+    """Micro-steps of a rank that owns `lanes`, endless; every `workers`-th from the `worker`-th on."""
+    for m in itertools.count(worker, workers):
+        yield Work(start_update + m // len(lanes), lanes[m % len(lanes)])
+
+
 class _Source:
-    """The work of one rank, endless; in a worker process, that worker's share of it."""
+    """Pipeline stage: the work of one rank; in a worker process, that worker's share of it."""
 
     def __init__(self, lanes: list[int | None], start_update: int) -> None:
         self.lanes, self.start_update = lanes, start_update
 
-    def __call__(self) -> Iterator[_Work]:
-        worker = torch.utils.data.get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for m in itertools.count(first, step):
-            yield _Work(self.start_update + m // len(self.lanes), self.lanes[m % len(self.lanes)])
+    def __call__(self) -> Iterator[Work]:
+        here = torch.utils.data.get_worker_info()
+        worker, workers = (0, 1) if here is None else (here.id, here.num_workers)
+        return work_of(self.lanes, self.start_update, worker, workers)
 
 
 class _Reader:
@@ -111,7 +118,7 @@ class _Reader:
         self._has_seg = manifest.column("seg_offset") if with_seg else None
         self._norms: dict[int, np.ndarray] = {}
 
-    def read(self, source: Iterator[_Work]) -> Iterator[tuple[_Work, list[Crop]] | _Failed]:
+    def read(self, source: Iterator[Work]) -> Iterator[tuple[Work, list[Crop]] | _Failed]:
         """Stage: the crops of each group; none for a micro-step without one."""
         for work in source:
             try:
@@ -122,9 +129,7 @@ class _Reader:
                 yield _Failed(str(error))
                 return
 
-    def assemble(
-        self, source: Iterator[tuple[_Work, list[Crop]] | _Failed]
-    ) -> Iterator[_Done[Any] | _Failed]:
+    def assemble(self, source: Iterator[tuple[Work, list[Crop]] | _Failed]) -> Iterator[_Done[Any] | _Failed]:
         """Stage: batches."""
         for item in source:
             if isinstance(item, _Failed):
@@ -242,7 +247,7 @@ class Stream(Generic[Batch]):
             self.close()
             if "DataLoader worker (pid" in str(error):
                 raise UserError(
-                    "a loader worker was killed, most often for lack of memory or /dev/shm; set fewer engine.workers"
+                    "a loader worker was killed, often for lack of memory or /dev/shm; lower engine.workers"
                 ) from error
             raise
         if isinstance(item, _Failed):
