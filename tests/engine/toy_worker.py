@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.recipe import EngineConfig, Frozen, load_recipe
+from engine.recipe import EngineConfig, Frozen, free, load_recipe
 from engine.train import train
 from engine.verdict import run_worker
 
@@ -31,9 +32,10 @@ class ToyRecipe(Frozen):
     engine: EngineConfig = EngineConfig()
     hidden: int = Field(7, ge=1)  # odd sizes, so that no partition is even
     nan_at: tuple[int, ...] = ()  # positions whose loss is NaN on the rank that holds group 0
-    die_at: int = -1  # position before which the process kills itself
-    die_with: str = "SIGKILL"
-    frozen_part: bool = False
+    frozen_part: bool = False  # one stem is not trained
+    die_at: int = free(-1, "position before which the last rank signals itself, once in a run folder")
+    die_with: str = free("SIGKILL", "that signal")
+    sleep: float = free(0.0, "seconds a batch takes")
 
 
 class ToyModel(nn.Module):
@@ -64,8 +66,8 @@ class ToyModel(nn.Module):
 class ToyTask:
     samples_per_update = GROUPS * PER_GROUP
 
-    def __init__(self, recipe: ToyRecipe) -> None:
-        self.the_recipe, self.model = recipe, ToyModel(recipe)
+    def __init__(self, recipe: ToyRecipe, run: Path) -> None:
+        self.the_recipe, self.run, self.model = recipe, run, ToyModel(recipe)
 
     def micro_steps(self, world: int) -> int:
         return -(-GROUPS // world)
@@ -73,8 +75,10 @@ class ToyTask:
     def batches(self, start_update: int, rank: int, world: int) -> Iterator[dict[str, Tensor]]:
         update = start_update
         while True:
-            if update == self.the_recipe.die_at and rank == world - 1:
+            if update == self.the_recipe.die_at and rank == world - 1 and not (self.run / "died").exists():
+                (self.run / "died").touch()
                 os.kill(os.getpid(), getattr(signal, self.the_recipe.die_with))
+            time.sleep(self.the_recipe.sleep)
             for step in range(self.micro_steps(world)):
                 group = rank * self.micro_steps(world) + step
                 yield self.batch(update, group if group < GROUPS else None)
@@ -114,15 +118,20 @@ class ToyTask:
         (folder / "plan.json").write_text("{}")
 
 
-def one(run: str, words: list[str]) -> int:
-    def body() -> Any:
-        recipe = load_recipe(None, words, ToyRecipe)
-        return train(ToyTask(recipe), recipe.engine, run, continue_as=os.environ.get("CONTINUE_AS"))
+def one(words: list[str]) -> int:
+    """One run, given as a worker's command line: `--run DIR [--continue-as NAME] [--field value ...]`."""
+    run = Path(words[words.index("--run") + 1])
+    segment = words[words.index("--continue-as") + 1] if "--continue-as" in words else None
+    rest = [w for i, w in enumerate(words) if not {words[i - 1] if i else "", w} & {"--run", "--continue-as"}]
 
-    return run_worker(body, Path(run))
+    def body() -> Any:
+        recipe = load_recipe(None, rest, ToyRecipe)
+        return train(ToyTask(recipe, run), recipe.engine, run, continue_as=segment)
+
+    return run_worker(body, run)
 
 
 if __name__ == "__main__":
-    # Several runs in one process, since importing DeepSpeed takes seconds: a JSON list of [run, [words]].
-    codes = [one(run, words) for run, words in json.loads(sys.argv[1])]
-    sys.exit(max(codes))
+    # `batch JSON`: several runs one after the other in one process, since importing DeepSpeed takes seconds.
+    batch = json.loads(sys.argv[2]) if sys.argv[1] == "batch" else [sys.argv[1:]]
+    sys.exit(max([one(words) for words in batch]))
