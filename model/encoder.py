@@ -14,7 +14,7 @@ from model.block import Block, LayerNorm, Layout, Rotary, key_masks, per_token, 
 from model.config import KINDS, PATCH, SIZES, EncoderConfig, Kind
 from model.errors import UserError
 from model.patches import patchify, token_centres, token_index
-from model.positions import LearnedPositions, rotary
+from model.positions import LearnedPositions, from_middle, rotary
 
 if TYPE_CHECKING:
     from model.plan import AdaptationPlan
@@ -176,13 +176,14 @@ class Encoder(nn.Module):
             raise ValueError(f"drop must be (sequences, {self.depth}), not {tuple(drop.shape)}")
         tables: Rotary | None = None
         if self.config.rotary == "mm":
-            tables = rotary(centres, self.width // self.heads, self.config.rotary_wavelengths)
+            local = from_middle(centres, layout, attend)
+            tables = rotary(local, self.width // self.heads, self.config.rotary_wavelengths)
         inner, x = layout, tokens
         if self.prefix is not None:
             count = self.prefix_count
             inner = tuple((n, length + count) for n, length in layout)
             x = self.prefix(tokens, layout)
-            if tables is not None:  # cos 1, sin 0: prefix tokens are not turned
+            if tables is not None:  # cos 1, sin 0: prefix tokens stand in the middle of their sequence
                 tables = (
                     _with_prefix(tables[0], layout, count, 1.0),
                     _with_prefix(tables[1], layout, count, 0.0),

@@ -37,6 +37,32 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
+def from_middle(centres: Tensor, layout: tuple[tuple[int, int], ...], attend: Tensor | None = None) -> Tensor:
+    """Centres (S, 3) of each sequence relative to the middle of the box around its attended tokens.
+
+    Prefix tokens are not turned, which puts them at the origin; without this, attention to them would depend
+    on where the patient lies in the frame. Smallest and largest are exact, so that padding and order change
+    no bit of the result. attend: (S,) bool or None.
+    """
+    parts = []
+    for start, (n, length) in zip(_starts(layout), layout):
+        part = centres[start : start + n * length].view(n, length, 3)
+        if n * length:
+            low, high = part, part
+            if attend is not None:
+                away = ~attend[start : start + n * length].view(n, length, 1)
+                low, high = part.masked_fill(away, math.inf), part.masked_fill(away, -math.inf)
+            middle = (low.amin(1, keepdim=True) + high.amax(1, keepdim=True)) / 2
+            part = part - middle.where(middle.isfinite(), 0.0)
+        parts.append(part.reshape(n * length, 3))
+    return torch.cat(parts)
+
+
+def _starts(layout: tuple[tuple[int, int], ...]) -> list[int]:
+    """First token of each segment."""
+    return list(itertools.accumulate((n * length for n, length in layout), initial=0))[:-1]
+
+
 class LearnedPositions(nn.Module):
     """A learned table over a grid, added to tokens; other grids sample it linearly, as when a ViT's table is
     resized.
