@@ -154,7 +154,8 @@ def _write_sources(folder: Path) -> Path:
         {"name": "phantom-ct", "path": "ct.csv", "modality": "CT", **common},
         {"name": "phantom-mr", "path": "mr.csv", "modality": "MR", **common},
         {**common, "name": "phantom-xr", "path": "xr.csv", "modality": "XR", "labels": planar,
-         "annotated": list(planar.values()), "burned_in": "accept", "spacing": [XR_PIXEL_MM, XR_PIXEL_MM]},
+         "annotated": list(planar.values()), "burned_in": "accept",
+         "spacing": [1.0, XR_PIXEL_MM, XR_PIXEL_MM]},
     ]  # fmt: skip
     path = folder / "sources.yaml"
     path.write_text(yaml.safe_dump({"sources": sources}, sort_keys=False), encoding="utf-8")
