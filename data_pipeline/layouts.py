@@ -23,8 +23,8 @@ class Case:
     ``modality`` holds one entry per channel, or is empty where the DICOM header decides. ``label_values``
     maps a value of the label file to a name; ``label_regions`` maps a name to all its values (overlaps
     allowed); ``annotated`` are the names that were looked for; values in ``ignore`` are neither class nor
-    background. ``series`` is the UID of a DICOM series and ``files`` its slices. ``refused`` is set where discovery can tell
-    already that the input is no image; it is to be quarantined, not read.
+    background. ``series`` is the UID of a DICOM series and ``files`` its slices. ``refused`` is set where
+    discovery can tell already that the input is no image; it is to be quarantined, not read.
     """
 
     source: str

@@ -225,6 +225,8 @@ class _Options:
     def _units(self, raw: Raw, modality: str) -> str:
         if self.units is not None:
             return self.units
+        if modality == "CT" and raw.units == "arbitrary":
+            raise Quarantined("not_hounsfield", "the header gives no rescale to HU; or declare units: arbitrary")
         return raw.units or ("HU" if modality == "CT" else "arbitrary")
 
     def _spacing(self, raw: Raw) -> tuple[np.ndarray, SpacingSource]:

@@ -107,7 +107,9 @@ def refusal(header: Dataset, accept_secondary: bool = True) -> str | None:
     return None
 
 
-def decode(path: Path, *, series: str | Sequence[Path] | None = None, accept_secondary: bool = False) -> Raw:
+def decode(
+    path: Path, *, series: str | Sequence[Path] | None = None, accept_secondary: bool = False
+) -> Raw:
     """One DICOM file (a slice, a radiograph or a multi-frame object), or the one image series in a folder.
 
     ``series`` chooses among several by SeriesInstanceUID, or gives the files so that no folder is searched.
@@ -118,26 +120,28 @@ def decode(path: Path, *, series: str | Sequence[Path] | None = None, accept_sec
         files = [path]
     else:
         files = _files_of_series(path, series)
-    datasets = []
-    for file in files:
-        header = _header(file, with_pixels=True)
-        code = refusal(header, accept_secondary)
+    try:
+        return _decode([_header(file, with_pixels=True) for file in files], accept_secondary)
+    except Quarantined:
+        raise
+    except Exception as error:  # pydicom converts a value when it is first used: a damaged one fails anywhere
+        raise Quarantined("unreadable", f"a header value: {type(error).__name__}") from error
+
+
+def _decode(datasets: list[Dataset], accept_secondary: bool) -> Raw:
+    for ds in datasets:
+        code = refusal(ds, accept_secondary)
         if code is not None:
-            raise Quarantined(
-                code, f"Modality {header.get('Modality', '')!s:.16}" if "modality" in code else ""
-            )
-        datasets.append(header)
+            raise Quarantined(code)
     first = datasets[0]
     if "PixelData" not in first and "FloatPixelData" not in first:
         raise Quarantined("no_pixel_data")
     modality = MODALITIES[str(first.Modality)]
     if len(datasets) == 1 and "PerFrameFunctionalGroupsSequence" in first:
-        slices = _enhanced_slices(first)
-    elif modality == "XR" and "ImageOrientationPatient" not in first:
+        return _stack(_enhanced_slices(first), modality)
+    if modality == "XR" and "ImageOrientationPatient" not in first:
         return _projection(datasets)
-    else:
-        slices = [_classic_slice(ds) for ds in datasets]
-    return _stack(slices, modality)
+    return _stack([_classic_slice(ds) for ds in datasets], modality)
 
 
 def _files_of_series(folder: Path, series: str | None) -> tuple[Path, ...]:

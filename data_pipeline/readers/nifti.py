@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import Quarantined
-from data_pipeline.readers.raw import Raw
+from data_pipeline.readers.raw import Raw, check_affine
 from data_pipeline.volume import corner_distance
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -54,7 +54,7 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
     shape = frames.shape[1:]
     provenance = {}
     if sform_code:
-        affine = sform
+        affine = check_affine(sform)
         if qform_code and corner_distance(sform, qform, shape) > 1.0:
             provenance["qform_differs"] = "true"
     elif qform_code:
