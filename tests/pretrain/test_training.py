@@ -1,0 +1,323 @@
+"""Whole runs on a small dataset built here: any world size, any ZeRO stage, kill and restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.recipe import load_recipe
+from pretrain.__main__ import main, split_arguments
+from pretrain.recipe import PretrainRecipe
+from pretrain.task import open_task
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = """
+tokens: {slots: 64, classes: [1, 2]}
+mixture: {groups: 3, scale: [0.7, 1.4]}
+encoder: {size: null, width: 48, depth: 2, heads: 2, drop_path: 0.2, registers: 1}
+objective: {decoder_width: 48, decoder_depth: 1, decoder_heads: 2}
+evaluation: {batches: 2}
+engine: {updates: 12, lr: 0.001, warmup: 3, precision: fp32, threads: 1, workers: 1, log_every: 1, checkpoint_every: 4,
+  keep_last: 20}
+"""
+
+
+def blob(generator: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
+    """A few bright ellipsoids on a dark ground, with texture; values 0 to 1."""
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    image = 0.05 * generator.random(shape)
+    for _ in range(4):
+        centre, radius = generator.uniform(-0.6, 0.6, 3), generator.uniform(0.3, 0.8, 3)
+        inside = sum(((a - c) / r) ** 2 for a, c, r in zip(axes, centre, radius)) < 1
+        image[inside] = generator.uniform(0.2, 1.0)
+    return image
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of CT volumes, thick MR slabs and radiographs."""
+    import nibabel as nib
+    from PIL import Image
+
+    from data_pipeline.build import build
+    from data_pipeline.sources import SourceConfig
+
+    root = tmp_path_factory.mktemp("scans")
+    generator = np.random.default_rng(3)
+    for name in ("ct", "mr", "xr"):
+        (root / name).mkdir()
+    for i in range(12):
+        ct = (blob(generator, (20 + i, 33, 41)) * 1500 - 1000).round().astype(np.int16)
+        nib.save(nib.Nifti1Image(ct.transpose(2, 1, 0), np.diag([1.2, 1.2, 2.0, 1])), root / "ct" / f"c{i}.nii.gz")
+        mr = (blob(generator, (7, 60 + i, 50)) * 800).round().astype(np.int16)
+        nib.save(nib.Nifti1Image(mr.transpose(2, 1, 0), np.diag([0.8, 0.8, 5.0, 1])), root / "mr" / f"m{i}.nii.gz")
+        xr = (blob(generator, (3, 70, 90))[1] * 255).astype(np.uint8)
+        Image.fromarray(xr).save(root / "xr" / f"x{i}.png")
+    sources = [
+        SourceConfig(path=root / "ct", name="ct", layout="folder", modality="CT"),
+        SourceConfig(path=root / "mr", name="mr", layout="folder", modality="MR"),
+        SourceConfig(
+            path=root / "xr", name="xr", layout="folder", modality="XR", field_mm=300, burned_in="accept"
+        ),
+    ]
+    out = tmp_path_factory.mktemp("dataset") / "shards"
+    build(sources, out, split={"train": 0.7, "val": 0.3}, progress=False)
+    return out
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def task_of(recipe: Path, shards: Path, run: Path, *overrides: str) -> Any:
+    words = ["--data.root", str(shards), "--engine.workers", "0", *overrides]
+    return open_task(load_recipe(recipe, words, PretrainRecipe), run)
+
+
+def command(recipe: Path, shards: Path, run: Path, processes: int, *overrides: str) -> list[str]:
+    words = [str(recipe), "--data.root", str(shards), "--run", str(run), *overrides]
+    if processes == 1:
+        return [sys.executable, "-m", "pretrain", *words]
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--", "pretrain"]
+    return [sys.executable, "-m", *start, *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+
+
+def train(*args: Any, timeout: float = 300) -> None:
+    done = subprocess.run(
+        command(*args), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["update"]: line["loss"] for line in lines if "loss" in line}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    newest = sorted((run / "checkpoints").glob("update-*"))[-1]
+    return {file.name: file.read_bytes() for file in sorted(newest.glob("*.safetensors"))}
+
+
+def test_the_loss_of_an_update_is_the_same_for_every_number_of_ranks(
+    recipe: Path, shards: Path, tmp_path: Path
+) -> None:
+    task = task_of(recipe, shards, tmp_path)
+    task.model.train()
+    totals = []
+    for world in (1, 2, 3, 4):
+        total = 0.0
+        for rank in range(world):
+            stream = task.batches(1, rank, world)
+            for batch in islice(stream, task.micro_steps(world)):
+                with torch.no_grad():
+                    total += float(task.model(batch)[0])
+            stream.close()
+        totals.append(total)
+    assert totals[0] > 0.1
+    assert totals[1:] == pytest.approx([totals[0]] * 3, rel=1e-5)
+
+
+def test_evaluation_repeats_ignores_training_state_and_names_every_modality(
+    recipe: Path, shards: Path, tmp_path: Path
+) -> None:
+    task = task_of(recipe, shards, tmp_path, "--encoder.drop_path", "0.5")
+    task.model.train()
+    before = {name: p.clone() for name, p in task.model.state_dict().items()}
+    first = task.evaluate(0, 0, 1, None)
+    assert task.model.training
+    task.model.eval()
+    torch.manual_seed(99)
+    assert task.evaluate(5, 0, 1, None) == first
+    assert all(torch.equal(before[name], p) for name, p in task.model.state_dict().items())
+    for modality in ("CT", "MR", "XR"):
+        for ending in ("", "_mean", "_interpolation"):
+            assert np.isfinite(first[f"val/{modality}{ending}"])
+        assert first[f"val/{modality}_crops"] >= 2
+    assert first["val/CT_interpolation"] < first["val/CT_mean"]
+
+
+def test_shares_of_the_evaluation_make_the_whole(recipe: Path, shards: Path, tmp_path: Path) -> None:
+    task = task_of(recipe, shards, tmp_path)
+    whole = task.held_out.score(task.model, 0, 1, torch.device("cpu"))
+    parts = [task.held_out.score(task.model, rank, 2, torch.device("cpu")) for rank in range(2)]
+    for name in ("CT", "MR", "XR"):
+        counts = [p.get(f"val/{name}_crops", 0.0) for p in parts]
+        assert sum(counts) == whole[f"val/{name}_crops"]
+        mean = sum(c * p.get(f"val/{name}", 0.0) for c, p in zip(counts, parts)) / sum(counts)
+        assert mean == pytest.approx(whole[f"val/{name}"], rel=1e-5)
+
+
+def test_pictures_show_each_modality_in_its_own_units(recipe: Path, shards: Path, tmp_path: Path) -> None:
+    from engine.logs import SilentWriter
+
+    task = task_of(recipe, shards, tmp_path)
+    task.evaluate(3, 0, 1, SilentWriter())
+    task.pictures(3, 0, 1, SilentWriter())
+    names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
+    assert names == [f"update-00000003-{m}-0.png" for m in ("CT", "MR", "XR")]
+    for picture in task.held_out.pictures:
+        known = np.isfinite(picture.image)
+        seen = np.isfinite(picture.visible)
+        assert np.array_equal(picture.image[seen], picture.reconstruction[seen])
+        assert 0.1 < seen.sum() / known.sum() < 0.5
+        if picture.modality == "CT":
+            assert -1100 <= picture.image[known].min() < -900
+
+
+def test_export_is_an_encoder_with_its_plan(recipe: Path, shards: Path, tmp_path: Path) -> None:
+    from model.weights import load_encoder
+
+    task = task_of(recipe, shards, tmp_path)
+    task.export({name: p.float() for name, p in task.model.state_dict().items()}, tmp_path / "export")
+    encoder = load_encoder(tmp_path / "export")
+    mine = task.network.encoder.state_dict()
+    assert all(torch.equal(mine[name], p) for name, p in encoder.state_dict().items())
+    assert encoder.plan is not None
+    data = encoder.plan.training_data
+    assert data["samples_by_modality"].keys() == {"CT", "MR", "XR"}
+    assert data["manifest"] == task.manifest_hash()
+    assert set(encoder.plan.stems) == {"volume", "slab", "planar"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.root", "/nowhere"], "/nowhere"),
+        ([], "data.root"),
+        (["--data.root", "SHARDS", "--data.split", "val"], "data.held_out"),
+        (["--data.root", "SHARDS", "--data.sources", "[pet]"], "no source 'pet'"),
+        (["--data.root", "SHARDS", "--objective.mask_ration", "0.5"], "mask_ratio"),
+        (["--data.root", "SHARDS", "--objective.decoder_width", "50"], "decoder_width"),
+    ],
+)
+def test_wrong_input_is_one_line_and_code_2(
+    words: list[str], said: str, recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = [str(shards) if word == "SHARDS" else word for word in words]
+    code = main([str(recipe), "--run", str(tmp_path / "run"), *real])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_arguments() -> None:
+    words = ["r.yaml", "--engine.lr", "1e-3", "--run", "out", "--continue-as=second", "--engine.compile"]
+    expected = (Path("r.yaml"), Path("out"), "second", ["--engine.lr", "1e-3", "--engine.compile"])
+    assert split_arguments(words) == expected
+    for wrong in ([], ["--run", "x"], ["r.yaml"], ["r.yaml", "--run"], ["r.yaml", "--run", "--engine.lr"]):
+        with pytest.raises(UserError):
+            split_arguments(wrong)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(recipe: Path, shards: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        train(recipe, shards, tmp_path / str(processes), processes)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert one.keys() == two.keys() == set(range(1, 13))
+    assert [two[u] for u in sorted(two)] == pytest.approx([one[u] for u in sorted(one)], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_started_again_gives_the_same_bits(
+    processes: int, recipe: Path, shards: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(recipe, shards, whole, processes)
+    child = subprocess.Popen(
+        command(recipe, shards, killed, processes), cwd=REPOSITORY, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not (killed / "metrics.jsonl").exists() or max(losses(killed), default=0) < 6:
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
+    for process in family:
+        if process.is_running():
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family, timeout=30)
+    child.wait(timeout=30)
+    assert max(losses(killed)) < 12, "the kill came too late to mean anything"
+    train(recipe, shards, killed, processes)
+    before, after = weights(whole), weights(killed)
+    assert before.keys() == after.keys()
+    assert len(before) == processes + 1  # each rank's slices, and the encoder for use
+    assert all(before[name] == after[name] for name in before)
+
+
+STEMS = '''
+import sys
+from pathlib import Path
+sys.path[:0] = [{repository!r}, {tests!r}]
+import torch
+from itertools import repeat
+import conftest
+from engine.recipe import EngineConfig
+from engine.train import train
+from pretrain.recipe import PretrainRecipe
+
+class Task:
+    """Rank 0 sees volumes only and rank 1 radiographs only."""
+    samples_per_update = 2
+    def __init__(self):
+        self.volume = conftest.hand_crop("volume", (16, 16, 24), index=0)
+        self.planar = conftest.hand_crop("planar", (1, 64, 64), index=1, modality="XR")
+        self.model, _ = conftest.build([conftest.row_spec("volume", 1, 1, 16)], [self.volume], crops_per_update=2)
+    def batches(self, start, rank, world):
+        kind, crop = [("volume", self.volume), ("planar", self.planar)][rank]
+        return repeat(conftest.build([conftest.row_spec(kind, 1, 1, 16)], [crop])[1])
+    def micro_steps(self, world): return 1
+    def recipe(self): return PretrainRecipe()
+    def manifest_hash(self): return "none"
+    def evaluate(self, *args): return {{}}
+    def pictures(self, *args): pass
+    def export(self, state, folder): pass
+    def optimizer_groups(self): return [{{"params": list(self.model.parameters())}}]
+
+config = EngineConfig(updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=int(sys.argv[1]), threads=1, log_every=1)
+sys.exit(train(Task(), config, Path(sys.argv[2])).exit_code)
+'''
+
+
+@pytest.mark.slow
+def test_ranks_that_see_different_stems_train_alike_at_every_zero_stage(tmp_path: Path) -> None:
+    script = tmp_path / "different_stems.py"
+    script.write_text(STEMS.format(repository=str(REPOSITORY), tests=str(Path(__file__).parent)))
+    found = []
+    for stage in range(4):
+        run = tmp_path / f"zero-{stage}"
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+        done = subprocess.run(
+            [*start, str(script), str(stage), str(run)],
+            env=environment(), capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append([loss for _, loss in sorted(losses(run).items())])
+    assert found[0][-1] < found[0][0]
+    for stage in (1, 2, 3):
+        assert found[stage] == pytest.approx(found[0], rel=1e-4)
