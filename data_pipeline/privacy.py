@@ -66,7 +66,7 @@ NOTES = {
     "rescale": "per slice",
     "suv": "tags missing",
     "Manufacturer": "|".join((*VENDORS, "other")),
-    "PatientAge": r"\d{1,2}|89\+",
+    "PatientAge": r"[1-8]?\d|89\+",
 }
 
 
