@@ -157,8 +157,10 @@ class Order:
         self.__dict__.update(state)
         self._lane = lru_cache(maxsize=None)(self._lane_schedule)
 
-    # -- draws
-    # ---------------------------------------------------------------------------------------------------
+    @property
+    def rows(self) -> np.ndarray:
+        """Manifest rows that are drawn, ascending (int32)."""
+        return np.sort(np.concatenate([cell.rows for cell in self._cells.values()]))
 
     def draw(self, i: int) -> Draw:
         """The i-th crop of the run, counted over updates, groups and the places of a group."""
@@ -267,9 +269,6 @@ class Order:
         voxels = listed[int(u[0] * len(listed))]["voxels"]
         z, y, x = np.unravel_index(int(voxels[int(u[1] * len(voxels))]), tuple(self._shape[row][1:].tolist()))
         return int(z), int(y), int(x)
-
-    # -- construction
-    # --------------------------------------------------------------------------------------------
 
     def _row_classes(self, rows: np.ndarray, kind: np.ndarray) -> np.ndarray:
         """Row class of each sample: the most crops a row can hold with room for the whole sample in each."""

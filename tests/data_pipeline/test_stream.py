@@ -53,7 +53,8 @@ def stage(root: Path, number: int) -> Staged:
         frames[name].write_bytes(encode(array, chunk_shape(array.shape, kind, axes)))
     row: dict[str, Any] = {
         "key": f"{number:08x}", "split": "train", "source": "a", "subject": f"s{number}",
-        "modality": modality, "modalities": [modality] * 2, "channels": ["x", "y"], "geometry": kind, "axes": list(axes),
+        "modality": modality,
+        "modalities": [modality] * 2, "channels": ["x", "y"], "geometry": kind, "axes": list(axes),
         "shape": list(shape), "spacing": list(spacing), "spacing_source": "header", "dtype": "int16",
         "max_error": 0.0, "levels": [list(f) for f in level_factors(kind, axes)[:2]], "norm": [NORM, NORM],
         "content_hash": f"{number:032x}",
