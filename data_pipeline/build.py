@@ -7,12 +7,14 @@ call.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +25,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.layouts import Case, discover, relative
 from data_pipeline.manifest import FORMAT_VERSION, write_manifest
 from data_pipeline.privacy import KeyedHash
+from data_pipeline.report import write_report
 from data_pipeline.sample import Job, Outcome, Settings, prepare
 from data_pipeline.shard_writer import Staged, plan_shards, write_shard
 from data_pipeline.sources import SourceConfig
@@ -31,6 +34,8 @@ from data_pipeline.workers import workers as processes
 
 LEVEL_MIN_VOXELS = 2 * 64**3
 SHARD_BYTES = 1 << 30
+POOL_BYTES = 1 << 28  # below this, starting processes to write takes longer than writing
+STATED = ("name", "licence", "attribution", "label_origin", "burned_in")  # of a source, into dataset.json
 HEADERLESS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
@@ -82,71 +87,62 @@ def build(
     private = Path(os.path.abspath(private)) if private is not None else out.with_name(out.name + "-private")
     fractions = dict(split) if split is not None else dict(FRACTIONS)
     check_fractions(fractions)
+    _check_names(sources)
     _check_folders(out, private)
-    cases = [(source, case) for source in _named(sources) for case in discover(source)]
+    cases = [(source, case) for source in sources for case in discover(source)]
     _check_burned_in(cases)
     ids = label_ids(case for _, case in cases)
     hashes = KeyedHash.open(private)
     jobs = _jobs(cases, hashes)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    staging = partial / "staging"
-    staging.mkdir(parents=True)
-    settings = Settings(staging, ids, exact, seed, level_min_voxels)
-    with processes(workers, progress=progress) as each:
-        outcomes = each("reading", prepare, [(job, settings) for job in jobs])
+    with _fresh_folder(out.with_name(out.name + ".partial")) as partial:
+        staging = partial / "staging"
+        staging.mkdir()
+        settings = Settings(staging, ids, exact, seed, level_min_voxels)
+        with processes(workers, progress=progress) as each:
+            outcomes = each("reading", prepare, [(job, settings) for job in jobs])
         _check_undecided(outcomes, jobs)
-        merged = merge_duplicates([(jobs[o.number], sample) for o in outcomes for sample in o.samples], ids)
+        staged = [(jobs[o.number], sample) for o in outcomes for sample in o.samples]
+        merged = merge_duplicates(staged, ids)
         samples, split_notes = _assign_splits(merged, fractions, seed)
-        if not samples:
-            refused = Counter(r.code for o in outcomes for r in o.refusals)
-            raise UserError(f"no input could be used: {dict(refused)}; the log in {private} names each")
         plans = plan_shards(samples, shard_samples, SHARD_BYTES)
-        written = each("writing", write_shard, [(plan, partial) for plan in plans])
-    rows = [row for _, part in written for row in part]
-    shutil.rmtree(staging)
-    report = BuildReport(out, private, len(rows), len(plans))
-    report.counts = dict(Counter(f"{r['split']} {r['modality']} {r['geometry']}" for r in rows))
-    report.quarantined = dict(Counter(r.code for o in outcomes for r in o.refusals))
-    report.notes = {**_notes(rows), **merged.notes, **split_notes}
-    _write_quarantine(partial / "quarantine.jsonl", outcomes, jobs)
-    info = {
-        "format_version": FORMAT_VERSION,
-        "labels": {str(i): name for name, i in ids.items()},
-        "counts": {
-            "samples": len(rows),
-            "by": report.counts,
-            "refused": report.quarantined,
-            "notes": report.notes,
-        },
-        "built_with": {
-            "medfm": _version(),
-            "blosc2": version("blosc2"),
-            "seed": seed,
-            "split": fractions,
-            "exact": exact,
-            "shard_samples": shard_samples,
-            "level_min_voxels": level_min_voxels,
-        },
-        "sources": [
-            {
-                "name": s.name,
-                "licence": s.licence,
-                "attribution": s.attribution,
-                "label_origin": s.label_origin,
-                "burned_in": s.burned_in,
-            }
-            for s in _named(sources)
-        ],
-        "shards": [entry for entry, _ in written],
-        "manifest_sha256": write_manifest(rows, partial / "manifest.parquet"),
-    }
-    (partial / "dataset.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
-    from data_pipeline.report import write_report
-
-    write_report(partial)
-    _write_private(private, outcomes, jobs, rows)
-    os.replace(partial, out)
+        small = sum(sample.size for sample in samples) < POOL_BYTES
+        with processes(1 if small else workers, progress=progress) as each:
+            written = each("writing", write_shard, [(plan, partial) for plan in plans])
+        shutil.rmtree(staging)
+        rows = [row for _, part in written for row in part]
+        _write_private(private, outcomes, jobs, rows)
+        report = BuildReport(out, private, len(rows), len(plans))
+        report.counts = dict(Counter(f"{r['split']} {r['modality']} {r['geometry']}" for r in rows))
+        report.quarantined = dict(Counter(r.code for o in outcomes for r in o.refusals))
+        report.notes = {**_notes(rows), **merged.notes, **split_notes}
+        if not rows:
+            raise UserError(
+                f"no input could be used: {report.quarantined}; {private / 'index.jsonl'} says why"
+            )
+        _write_quarantine(partial / "quarantine.jsonl", outcomes, jobs)
+        options = {"seed": seed, "split": fractions, "exact": exact, "shard_samples": shard_samples}
+        info = {
+            "format_version": FORMAT_VERSION,
+            "labels": {str(i): name for name, i in ids.items()},
+            "counts": {
+                "samples": len(rows),
+                "by": report.counts,
+                "refused": report.quarantined,
+                "notes": report.notes,
+            },
+            "built_with": {
+                "medfm": _version("medfm"),
+                "blosc2": _version("blosc2"),
+                "level_min_voxels": level_min_voxels,
+                **options,
+            },
+            "sources": [s.model_dump(mode="json", include=set(STATED)) for s in sources],
+            "shards": [entry for entry, _ in written],
+            "manifest_sha256": write_manifest(rows, partial / "manifest.parquet"),
+        }
+        (partial / "dataset.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
+        write_report(partial)
+        os.replace(partial, out)
     report.seconds = time.monotonic() - started
     return report
 
@@ -199,13 +195,12 @@ def label_ids(cases: Iterable[Case]) -> dict[str, int]:
     return ids
 
 
-def _named(sources: Sequence[SourceConfig]) -> list[SourceConfig]:
+def _check_names(sources: Sequence[SourceConfig]) -> None:
     names = Counter(s.name for s in sources)
     if not sources:
         raise UserError("no sources given; name at least one folder of scans")
     if twice := [n for n, count in names.items() if count > 1]:
         raise UserError(f"two sources are called {twice[0]!r}; give each its own name")
-    return list(sources)
 
 
 def _check_folders(out: Path, private: Path) -> None:
@@ -351,8 +346,25 @@ def _write_private(
             file.write(json.dumps(entry) + "\n")
 
 
-def _version() -> str:
+@contextmanager
+def _fresh_folder(path: Path) -> Iterator[Path]:
+    """An empty folder, removed with all it holds when the block fails: it contains patient images."""
+    shutil.rmtree(path, ignore_errors=True)
     try:
-        return version("medfm")
+        path.mkdir(parents=True)
+        yield path
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise UserError(f"{path} cannot be written: {error.strerror}; give another --out") from error
+        raise
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
     except PackageNotFoundError:
         return "unknown"

@@ -10,6 +10,8 @@ from PIL import Image
 
 from data_pipeline.storage import invalid_of
 
+HOUNSFIELD = (-1024.0, 3071.0)
+SOFT_TISSUE = (-300.0, 400.0)  # HU shown; the whole range would make everything but bone one grey
 #: Distinct colours for label ids, repeating (Okabe and Ito's palette, safe for most colour vision).
 COLOURS = np.array(
     [
@@ -26,10 +28,13 @@ COLOURS = np.array(
 
 
 def grey(voxels: np.ndarray, norm: Sequence[float]) -> np.ndarray:
-    """Stored voxels (any shape) to grey values 0..255 between the norm's clip limits; invalid voxels are
-    black.
+    """Stored voxels (any shape) to grey values 0..255 between the norm's clip limits; invalid ones are black.
+
+    A CT in HU is shown in a soft-tissue window.
     """
     slope, intercept, low, high, _, _, compress = norm
+    if (low, high) == HOUNSFIELD:
+        low, high = SOFT_TISSUE
     real = np.clip(voxels.astype(np.float32) * slope + intercept, low, high)
     if compress:
         real, low, high = (
