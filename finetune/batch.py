@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,11 +53,8 @@ class Windows:
 
     def to(self, device: torch.device | str) -> Windows:
         """The same windows on `device`."""
-        moved = (
-            t.to(device)
-            for t in (self.image, self.truth, self.known, self.valid, self.spacing, self.weight, self.index)
-        )
-        return Windows(*moved, self.geometry, self.axes)
+        tensors = ("image", "truth", "known", "valid", "spacing", "weight", "index")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 @dataclass
@@ -138,8 +135,8 @@ class Collate:
         image, valid, truth, known = place(image, valid, truth, known, size, matrix, generator, fill)
         if self.augment is not None and generator is not None:
             image = np.where(valid, change_tone(image, crop.modality, generator, self.augment), image)
-            turned = [axis for axis in range(3) if size[axis] > 1 and generator.random() < self.augment.flip]
-            image = np.flip(image, [1 + axis for axis in turned])
+            turned = tuple(a for a in range(3) if size[a] > 1 and generator.random() < self.augment.flip)
+            image = np.flip(image, tuple(1 + axis for axis in turned))
             valid, truth, known = (np.flip(a, turned) for a in (valid, truth, known))
         weight = float(truth.any())
         row = _Row(image, truth, known & valid, valid, np.asarray(draw.spacing), weight, draw.index)
@@ -187,7 +184,7 @@ class _Row(NamedTuple):
     valid: np.ndarray
     spacing: np.ndarray
     weight: float
-    index: int
+    place: int
 
 
 def _stack(shape: Shape, rows: Sequence[_Row]) -> Windows:
@@ -201,7 +198,7 @@ def _stack(shape: Shape, rows: Sequence[_Row]) -> Windows:
         tensor([r.valid for r in rows], torch.bool),
         tensor([r.spacing for r in rows], torch.float32),
         torch.tensor([r.weight for r in rows]),
-        torch.tensor([r.index for r in rows]),
+        torch.tensor([r.place for r in rows]),
         shape.geometry,
         shape.axes,
     )

@@ -73,7 +73,7 @@ def evaluate_clicks(
     if any(seen.values()) and not allow_seen:
         raise UserError(
             f"{manifest.root}: of {len(chosen)} cases, {seen['seen_in_training'] or 0} were seen in training "
-            f"and {seen['seen_in_pretraining'] or 0} in pretraining; choose another split, or pass --allow-seen"
+            f"and {seen['seen_in_pretraining'] or 0} in pretraining; take another split or pass --allow-seen"
         )
     tolerance = float(np.sort(manifest.column("spacing")[chosen], axis=1)[:, 1].max())
     was_training = net.training

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,10 @@ class InstanceNorm(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # Not F.group_norm, which refuses the single voxel that a small image has at the coarsest scale.
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
 
 class Residual(nn.Module):
     """conv, norm, leaky ReLU, conv, plus the input (through a 1x1x1 convolution where the width changes)."""
@@ -168,7 +173,7 @@ class TokenEntry(nn.Module):
         whitened = [whiten(t).to(maps[0].dtype) for t in tokens]
         for projections, level in zip(self.project, self.LEVELS):
             grid = maps[level].shape[2:]
-            for projection, token_map in zip(projections, whitened):  # type: ignore[arg-type]
+            for projection, token_map in zip(cast(nn.ModuleList, projections), whitened):
                 maps[level] = maps[level] + meet(projection(token_map), grid)
         return maps
 

@@ -113,9 +113,9 @@ def prompt_maps(prompts: Prompts, shape: Sequence[int], previous: Tensor | None)
         exact = prompts.points.round().long()
         bounds = torch.tensor(list(shape), device=device)
         inside = ((exact >= 0) & (exact < bounds)).all(dim=2) & (prompts.signs != 0)
-        b, p = inside.nonzero(as_tuple=True)
-        z, y, x = exact[b, p].unbind(dim=1)
-        maps[b, 2, z, y, x] = prompts.signs[b, p].float()
+        row, number = inside.nonzero(as_tuple=True)
+        at = exact[row, number]
+        maps[row, 2, at[:, 0], at[:, 1], at[:, 2]] = prompts.signs[row, number].float()
     for k in range(prompts.boxes.shape[1]):
         low, high = prompts.boxes[:, k, 0], prompts.boxes[:, k, 1]
         spans = [

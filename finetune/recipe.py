@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from finetune.promptable import HeadConfig
 from model.config import EncoderConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-FREE = {"free": True}  # changes no weight of the trained network
+FREE: Any = {"free": True}  # changes no weight of the trained network
 
 
 class DataConfig(Frozen):

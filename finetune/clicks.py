@@ -1,0 +1,166 @@
+"""Training by simulated clicks: a person with an object in mind, a prediction, a correction, a loss."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.rng import rng
+from finetune.batch import Batch, Windows
+from finetune.loss import mask_loss, true_iou
+from finetune.promptable import FIRST, LATER, PromptableModel
+from finetune.prompts import PromptList, collate_prompts
+from finetune.recipe import PromptTraining
+from finetune.simulate import correction_click, first_click, jittered_box
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+class ClickTraining(nn.Module):
+    """`model(batch) -> (loss, metrics)`: rounds of prompts by a simulated person, a loss in every round.
+
+    The number of rounds is drawn once per update, the same on every rank. Between rounds nothing flows back
+    through the previous logits.
+    """
+
+    def __init__(
+        self, model: PromptableModel, config: PromptTraining, samples_per_update: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.net = model
+        self.config = config
+        self.samples_per_update = samples_per_update
+        self.seed = seed
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute the encoder's blocks in the backward pass."""
+        if self.net.encoder is not None:
+            cast(Any, self.net.encoder).set_checkpointing(on)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        device = self.net.prompt.base.device
+        low, high = self.config.rounds
+        rounds = int(rng(self.seed, batch.update, "rounds").integers(low, high + 1))
+        total = torch.zeros((), device=device)
+        metrics: Metrics = {}
+        for windows in batch.windows:
+            total = total + self._clicks(windows.to(device), rounds, metrics)
+        if self.net.encoder is not None and not self.net.frozen:
+            total = total + cast(Any, self.net.encoder).zero_touch()
+        return total / self.samples_per_update, metrics
+
+    def _clicks(self, windows: Windows, rounds: int, metrics: Metrics) -> Tensor:
+        """Summed loss of the windows' objects, averaged over rounds; adds to `metrics`."""
+        device = windows.image.device
+        features = self.net.encode(
+            windows.image, windows.spacing, windows.geometry, windows.axes, windows.valid
+        )
+        rows = zip(
+            windows.index.tolist(),
+            windows.truth.cpu().numpy(),
+            windows.known.cpu().numpy(),
+            windows.spacing.tolist(),
+        )
+        users = [
+            SimulatedUser(self.config, rng(self.seed, index, "prompt"), truth, known, spacing)
+            if index >= 0
+            else Silent()
+            for index, truth, known, spacing in rows
+        ]
+        previous: Tensor | None = None
+        total = windows.weight.new_zeros(())
+        for number in range(rounds):
+            masks = None if previous is None else (previous[:, 0] > 0).cpu().numpy()
+            for row, user in enumerate(users):
+                user.speak(None if masks is None else masks[row])
+            prompts = collate_prompts([user.said for user in users], windows.spacing.cpu()).to(device)
+            logits, iou = self.net.decode(features, prompts, previous)
+            part, other = (FIRST, LATER) if number == 0 else (LATER, FIRST)
+            # Masks not asked for take part at weight zero: every parameter has a gradient in every call.
+            idle = 0.0 * (logits[:, other].mean() + iou.mean())
+            each, previous, reached = self._round(logits[:, part], iou[:, part], windows)
+            total = total + (each * windows.weight).sum() / rounds + idle
+            dice = 2 * reached / (1 + reached)
+            for name, value in (
+                (f"dice/round_{number + 1}", dice),
+                (f"loss/round_{number + 1}", each.detach()),
+            ):
+                so_far = metrics.get(name, (torch.zeros((), device=device), torch.zeros((), device=device)))
+                metrics[name] = (so_far[0] + (value * windows.weight).sum(), so_far[1] + windows.weight.sum())
+        return total
+
+    def _round(self, logits: Tensor, iou: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (B,) of one round's masks (B, M, ...), the logits (B, 1, ...) to show, their IoU (B,).
+
+        Of several masks the best one is taught, the others a little; all learn to predict their IoU.
+        """
+        losses = mask_loss(logits, windows.truth, windows.known)
+        each = losses.amin(dim=1)
+        if losses.shape[1] > 1:
+            each = each + self.config.spread * losses.mean(dim=1)
+        reached = true_iou(logits.detach(), windows.truth, windows.known)
+        each = each + self.config.iou_weight * ((iou - reached) ** 2).mean(dim=1)
+        rows = torch.arange(len(iou), device=iou.device)
+        shown = iou.detach().argmax(dim=1)
+        return each, logits.detach()[rows, shown][:, None], reached[rows, shown]
+
+
+class Silent:
+    """Nobody: the place of an object where there is no crop."""
+
+    def __init__(self) -> None:
+        self.said = PromptList()
+
+    def speak(self, shown: np.ndarray | None) -> None:
+        """Says nothing."""
+
+
+class SimulatedUser:
+    """One person with one object in mind; `said` grows by a prompt at each call of `speak`."""
+
+    def __init__(
+        self,
+        config: PromptTraining,
+        generator: np.random.Generator,
+        truth: np.ndarray,
+        known: np.ndarray,
+        spacing: list[float],
+    ) -> None:
+        self.config = config
+        self.generator = generator
+        self.truth = truth & known
+        self.known = known
+        self.spacing = spacing
+        self.said = PromptList()
+
+    def speak(self, shown: np.ndarray | None) -> None:
+        """A first prompt (box or click) while nothing is shown, then a click in the largest error; silence
+        if none."""
+        config, generator = self.config, self.generator
+        power = float(generator.choice(np.array(config.powers)))
+        if not self.truth.any():
+            return
+        if shown is None:
+            if generator.random() < config.box:
+                box = jittered_box(self.truth, generator, config.box_jitter)
+                if box is not None:
+                    self.said.boxes.append((_floats(box[0]), _floats(box[1])))
+            else:
+                where = first_click(self.truth, self.spacing, generator, power)
+                if where is not None:
+                    self.said.clicks.append((_floats(where), 1))
+            return
+        if generator.random() < config.from_truth:
+            where = first_click(self.truth, self.spacing, generator, power)
+            click = None if where is None else (where, 1)
+        else:
+            click = correction_click(shown, self.truth, self.known, self.spacing, generator, power)
+        if click is not None:
+            self.said.clicks.append((_floats(click[0]), click[1]))
+
+
+def _floats(index: tuple[int, int, int]) -> tuple[float, float, float]:
+    return float(index[0]), float(index[1]), float(index[2])

@@ -1,0 +1,143 @@
+"""Scans on disk to shards to a trained head to a mask: the whole of fine-tuning, small."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from data_pipeline.build import build
+from data_pipeline.manifest import Manifest
+from data_pipeline.sources import SourceConfig
+from engine.errors import UserError
+from engine.recipe import load_recipe
+from finetune.evaluate import evaluate_clicks
+from finetune.recipe import FinetuneRecipe
+from finetune.session import PromptableSession
+from finetune.task import FinetuneTask, training_rows
+from finetune.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Twelve two-channel cases in nnU-Net layout: a bright and a dark ball in noise."""
+    root = tmp_path_factory.mktemp("raw") / "Dataset001_Balls"
+    for name in ("imagesTr", "labelsTr"):
+        (root / name).mkdir(parents=True)
+    grid = np.stack(np.meshgrid(*[np.arange(16.0)] * 3, indexing="ij"), -1)
+    for case in range(12):
+        rng = np.random.default_rng(case)
+        label = np.zeros((16, 16, 16), np.uint8)
+        for value, centre in ((1, (5, 5, 5)), (2, (10, 10, 10))):
+            label[((grid - np.array(centre) - rng.uniform(-1, 1, 3)) ** 2).sum(-1) < 12] = value
+        for channel in range(2):
+            image = rng.normal(100, 10, label.shape) + 60.0 * (label == 1) - 60.0 * (label == 2)
+            sitk.WriteImage(sitk.GetImageFromArray(image.astype(np.float32)),
+                            str(root / "imagesTr" / f"ball_{case:03d}_{channel:04d}.nii.gz"))  # fmt: skip
+        sitk.WriteImage(sitk.GetImageFromArray(label), str(root / "labelsTr" / f"ball_{case:03d}.nii.gz"))
+    (root / "dataset.json").write_text(
+        json.dumps({
+            "channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "bright": 1, "dark": 2},
+            "numTraining": 12, "file_ending": ".nii.gz",
+        })
+    )  # fmt: skip
+    out = tmp_path_factory.mktemp("shards") / "balls"
+    build([SourceConfig(path=root, modality="MR", label_origin="human")], out, split={"train": 0.7, "val": 0.1, "test": 0.2},
+          progress=False)  # fmt: skip
+    return out
+
+
+def recipe_for(shards, **engine):
+    words = ["--data.root", str(shards), "--head.channels", "2", "--head.window", "16", "16", "16",
+             "--head.widths", "8", "8", "12", "16", "--head.heads", "2", "--mixture.groups", "2"]  # fmt: skip
+    for name, value in engine.items():
+        words += [f"--engine.{name}", str(value)]
+    return load_recipe(None, words, FinetuneRecipe)
+
+
+def test_a_two_channel_folder_trains_exports_and_segments(shards, tmp_path):
+    recipe = recipe_for(shards, workers=0, lr=0.01)
+    task = FinetuneTask(recipe)
+    optimizer = torch.optim.AdamW(task.optimizer_groups(), lr=0.01)
+    batches = task.batches(0, 0, 1)
+    losses = []
+    for _ in range(30):
+        total = 0.0
+        for _ in range(task.micro_steps(1)):
+            loss, _ = task.model(next(batches))
+            loss.backward()
+            total += float(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    task.export(task.model.state_dict(), tmp_path)
+    net, plan = load_model(tmp_path)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, task.net.state_dict()[name])
+    assert plan.training_data["samples"] == len(task.rows)
+
+    report = evaluate_clicks(tmp_path, shards, split="test")
+    assert report["n_objects"] == 2 * report["n_images"] > 0
+    assert report["seen_in_training"] == 0
+    means = report["mean"]
+    assert means["dsc"][-1] > 0.5
+    assert means["dsc"][0] > means["dsc_wrong_prompt"]
+    json.dumps(report)
+    with pytest.raises(UserError, match="--allow-seen"):
+        evaluate_clicks(tmp_path, shards, split="train")
+    assert evaluate_clicks(tmp_path, shards, split="train", limit=1, allow_seen=True)["seen_in_training"] == 1
+
+    session = PromptableSession(tmp_path)
+    array = np.random.default_rng(0).normal(100, 10, (2, 14, 18, 15))
+    session.set_image(array, spacing=(1, 1, 1), modality="MR")
+    session.add_point((5, 5, 5))
+    assert session.predict().shape == (14, 18, 15)
+
+
+def test_batches_are_the_same_from_any_start_and_any_split_of_the_work(shards):
+    task = FinetuneTask(recipe_for(shards, workers=0))
+
+    def take(start, rank, world, count):
+        found = []
+        for batch, _ in zip(task.batches(start, rank, world), range(count)):
+            found += [
+                (batch.update, int(w.index[0]), float(w.image.sum()), int(w.truth.sum()))
+                for w in batch.windows
+            ]
+        return found
+
+    whole = take(0, 0, 1, 8)
+    assert take(2, 0, 1, 4) == whole[4:]
+    halves = [take(0, rank, 2, 4) for rank in range(2)]
+    assert sorted(halves[0] + halves[1]) == sorted(whole)
+
+
+def test_cases_are_a_fixed_draw_and_too_many_are_refused(shards):
+    manifest = Manifest.open(shards)
+    recipe = recipe_for(shards)
+
+    def rows(**data):
+        return training_rows(
+            manifest, recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+        )
+
+    assert rows(cases=3).tolist() == rows(cases=3).tolist()
+    assert set(rows(cases=3)) < set(rows(cases=5)) < set(rows())
+    assert rows(cases=3, case_seed=1).tolist() != rows(cases=3).tolist()
+    with pytest.raises(UserError, match="cases"):
+        rows(cases=99)
+    with pytest.raises(UserError, match="no labelled sample"):
+        rows(modalities=("CT",))
+
+
+def test_the_shipped_recipe_is_valid():
+    from pathlib import Path
+
+    recipe = load_recipe(
+        Path(__file__).parents[2] / "recipes" / "finetune-hippocampus.yaml", [], FinetuneRecipe
+    )
+    assert recipe.data.cases == 20
