@@ -28,11 +28,11 @@ def interpolation(tokens: Tokens) -> Tensor:
     """Prediction (n, p, P): local linear regression (Cleveland 1979) on the visible patches' means.
 
     Around each masked token a plane is fitted to the means of the visible patches by their centres in mm,
-    weighted by a Gaussian of the distance and by the patch's valid voxels, and read off at every voxel, within
-    the range of the means. Of
-    the interpolations tried on real CT, MR, PET and X-ray (nearest, inverse distance to the powers 2 to 6,
-    Gaussian means, planes read off at the token's centre, several widths and ridges) this one had the
-    smallest error in every modality, up to a quarter below inverse squared distance.
+    weighted by a Gaussian of the distance and by the patch's valid voxels, and read off at every voxel,
+    within the range of the means. Of the interpolations tried on real CT, MR, PET and X-ray (nearest,
+    inverse distance to the powers 2 to 6, Gaussian means, planes read off at the token's centre, several
+    widths and ridges) this one had the smallest error in every modality, up to a quarter below inverse
+    squared distance.
     """
     shape = tokens.target.shape
     with torch.autocast(tokens.target.device.type, enabled=False):

@@ -51,7 +51,7 @@ class RowBlock(NamedTuple):
     drop: Tensor  # (n, depth) float32: uniform numbers for drop-path
     weight: Tensor  # (n,) float32: 1, or 0 where there is no crop
     modality: Tensor  # (n,) int64: place in MODALITIES
-    index: Tensor  # (n,) int64: place i in the order, -1 where there is no crop
+    number: Tensor  # (n,) int64: place i in the order, -1 where there is no crop
     substituted: Tensor  # (n,) float32: 1 where damage made the stream serve another crop
 
 
@@ -136,7 +136,7 @@ class Collate:
             a["drop"][slot] = rng(self.seed, draw.index, "drop-path").random(self.depth, dtype=np.float32)
             a["weight"][slot] = 1.0
             a["modality"][slot] = MODALITIES.index(crop.modality)
-            a["index"][slot] = draw.index
+            a["number"][slot] = draw.index
             a["substituted"][slot] = crop.substituted
             if self.augment:
                 config = self.objective.augment
@@ -185,6 +185,6 @@ def _empty(n: int, voxels: int, capacity: int, depth: int, dtype: np.dtype) -> d
         "drop": np.ones((n, depth), np.float32),
         "weight": np.zeros(n, np.float32),
         "modality": np.zeros(n, np.int64),
-        "index": np.full(n, -1, np.int64),
+        "number": np.full(n, -1, np.int64),
         "substituted": np.zeros(n, np.float32),
     }

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from data_pipeline.stream import Stream, open_stream
 from torch import Tensor, nn
 
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import MixtureConfig, Order
+from data_pipeline.stream import Stream, open_stream
 from pretrain.baselines import baseline_errors
 from pretrain.batch import MODALITIES, Batch, Collate, RowBlock, to_device
 from pretrain.mae import Reconstruction, crop_error, patch_normalised
@@ -58,8 +58,8 @@ class HeldOut:
         dtype: str,
     ) -> None:
         self.manifest, self.config, self.objective = manifest, config, objective
-        self.order = Order(manifest, rows, tokens, held_out_mixture(mixture, manifest, rows), config.seed)
-        self.groups = mixture.groups
+        held_out = held_out_mixture(mixture, manifest, rows, config.groups)
+        self.order = Order(manifest, rows, tokens, held_out, config.seed)
         self.collate = Collate(
             self.order.composition, objective, depth, config.seed, augment=False, dtype=dtype
         )
@@ -73,7 +73,7 @@ class HeldOut:
         With `norm_pix` the squared errors of patches of unit variance have no interpolation to compare with;
         `_mean` is then the error of predicting each patch's own mean.
         """
-        steps = self.config.batches * -(-self.groups // world)
+        steps = self.config.batches * -(-self.order.groups // world)
         table = torch.zeros(
             self.config.batches * self.order.batch_size, 1 + len(PREDICTORS), dtype=torch.float64
         )
@@ -110,7 +110,7 @@ class HeldOut:
         scored = result.tokens.scored.any(dim=2).any(dim=1)
         here = ((block.weight > 0) & scored).cpu()
         errors = torch.stack([block.modality + 1.0, result.crop_loss, mean, interpolated], dim=1)
-        table[block.index.cpu()[here]] = errors.cpu()[here].double()
+        table[block.number.cpu()[here]] = errors.cpu()[here].double()
 
     def _means(self, table: Tensor) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -132,13 +132,16 @@ class HeldOut:
                 self.pictures.append(picture_of(name, block, result, slot, modality, self.objective.norm_pix))
 
 
-def held_out_mixture(mixture: MixtureConfig, manifest: Manifest, rows: np.ndarray) -> MixtureConfig:
+def held_out_mixture(
+    mixture: MixtureConfig, manifest: Manifest, rows: np.ndarray, groups: int | None
+) -> MixtureConfig:
     """The training mixture without preference for labelled voxels and without sources that `rows` lack."""
     weights = mixture.weights
     if weights is not None:
         there = set(manifest.column(mixture.by)[rows])
         weights = {name: weight for name, weight in weights.items() if name in there}
-    return mixture.model_copy(update={"foreground": 0.0, "weights": weights})
+    changes = {"foreground": 0.0, "weights": weights, "groups": groups or mixture.groups}
+    return mixture.model_copy(update=changes)
 
 
 class Line(NamedTuple):

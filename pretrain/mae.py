@@ -8,6 +8,7 @@ tokens cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -59,14 +60,8 @@ class MaskedAutoencoder(nn.Module):
             config.rotary_wavelengths,
         )
         self.heads = nn.ModuleDict(
-            {
-                kind: nn.Linear(objective.decoder_width, patch[0] * patch[1] * patch[2])
-                for kind, patch in config.patch.items()
-            }
+            {kind: _head(objective.decoder_width, math.prod(patch)) for kind, patch in config.patch.items()}
         )
-        for head in self.heads.values():
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
 
     def forward(self, batch: Batch, reconstruct: bool = False) -> Any:
         """Loss and metrics `(Tensor, Metrics)` of one micro-step; with `reconstruct` what `reconstruct()`
@@ -150,7 +145,7 @@ class MaskedAutoencoder(nn.Module):
         """
         total = self.encoder.zero_touch().float()
         for head in self.heads.values():
-            empty = head.weight.new_zeros(0, self.objective.decoder_width)
+            empty = total.new_zeros(0, self.objective.decoder_width)
             total = total + head(empty).float().sum()
         return total
 
@@ -195,6 +190,13 @@ def metrics(blocks: list[RowBlock], results: list[Reconstruction]) -> Metrics:
     found["slot_waste"] = ((slots - valid).sum(), slots.sum())
     found["substituted"] = (torch.cat([b.substituted for b in blocks]).sum(), weight.sum())
     return found
+
+
+def _head(width: int, voxels: int) -> nn.Linear:
+    head = nn.Linear(width, voxels)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def _some_key(attend: Tensor) -> Tensor:

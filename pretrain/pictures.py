@@ -70,7 +70,7 @@ def picture_of(
     return Picture(
         modality=modality,
         geometry=geometry,
-        index=int(block.index[slot]),
+        index=int(block.number[slot]),
         spacing=tuple(float(s) for s in block.spacing[slot]),  # type: ignore[arg-type]
         image=real(image),
         visible=real(visible),

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_pipeline.stream import open_stream
 from torch import Tensor, nn
 
 from data_pipeline.geometry import PATCH
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
+from data_pipeline.stream import open_stream
 from engine.errors import UserError
 from model.plan import AdaptationPlan
 from model.weights import ENCODER_PREFIX, save_encoder
@@ -94,7 +94,8 @@ class PretrainTask:
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Matrices decay; biases, norms, gains and single learned tokens do not (He et al. 2022)."""
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for parameter in self.network.parameters():
             (matrices if parameter.ndim > 1 else others).append(parameter)
         decay = self._recipe.engine.weight_decay

@@ -1,4 +1,6 @@
-"""The loss against a slow reference that loops over tokens and indexes volumes, and what it must not depend on."""
+"""The loss against a slow reference that loops over tokens and indexes volumes, and what it must not depend
+on.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pretrain.batch import MODALITIES
 
 
 def reference(crop: Any, block: Any, slot: int, result: Any, ratio: float) -> float:
-    """Loss of one crop straight from its volume: normalise, mirror, pad, cut out each masked token, average."""
+    """Loss of one crop straight from its volume: normalise, mirror, pad, cut out each masked token,
+    average.
+    """
     patch, grid = PATCH[crop.geometry], crop.draw.grid
     slope, intercept, low, high, center, scale, compress = crop.norm
     real = np.clip(crop.voxels.astype(np.float64) * slope + intercept, low, high)
@@ -35,7 +39,9 @@ def reference(crop: Any, block: Any, slot: int, result: Any, ratio: float) -> fl
     def cut(volume: np.ndarray, token: int) -> np.ndarray:
         z, y, x_ = np.unravel_index(token, grid)
         return volume[
-            z * patch[0] : (z + 1) * patch[0], y * patch[1] : (y + 1) * patch[1], x_ * patch[2] : (x_ + 1) * patch[2]
+            z * patch[0] : (z + 1) * patch[0],
+            y * patch[1] : (y + 1) * patch[1],
+            x_ * patch[2] : (x_ + 1) * patch[2],
         ]
 
     valid = [t for t in block.token_order[slot].tolist() if t < np.prod(grid) and cut(there, t).any()]
@@ -60,7 +66,11 @@ CASES = {
     "non-cubic, padded": ("volume", (20, 45, 30), {}),
     "anisotropic": ("volume", (16, 24, 60), {"spacing": (2.5, 0.7, 0.9), "modality": "MR"}),
     "invalid voxels": ("volume", (24, 17, 40), {"invalid": 0.4}),
-    "slab, sagittal": ("slab", (7, 50, 33), {"axes": (2, 0, 1), "spacing": (5.0, 0.8, 0.6), "modality": "MR"}),
+    "slab, sagittal": (
+        "slab",
+        (7, 50, 33),
+        {"axes": (2, 0, 1), "spacing": (5.0, 0.8, 0.6), "modality": "MR"},
+    ),
     "radiograph": ("planar", (1, 100, 70), {"modality": "XR", "spacing": (1.0, 0.4, 0.4)}),
     "pet": ("volume", (9, 33, 25), {"modality": "PT"}),
 }
@@ -111,9 +121,7 @@ def test_predictions_see_visible_tokens_and_nothing_of_masked_ones(hand: Any) ->
 
 
 @pytest.mark.parametrize("decoder", ["self", "cross"])
-def test_a_crop_does_not_depend_on_neighbours_padding_or_row_class(
-    decoder: str, hand: Any
-) -> None:
+def test_a_crop_does_not_depend_on_neighbours_padding_or_row_class(decoder: str, hand: Any) -> None:
     crop = hand.crop("volume", (20, 30, 18), index=5, invalid=0.1)
     model, alone = hand.build([hand.spec("volume", 1, 1, 40)], [crop], decoder=decoder)
     moved = hand.crop("volume", (20, 30, 18), index=5, slot=2, invalid=0.1)

@@ -30,7 +30,8 @@ mixture: {groups: 3, scale: [0.7, 1.4]}
 encoder: {size: null, width: 48, depth: 2, heads: 2, drop_path: 0.2, registers: 1}
 objective: {decoder_width: 48, decoder_depth: 1, decoder_heads: 2}
 evaluation: {batches: 2}
-engine: {updates: 12, lr: 0.001, warmup: 3, precision: fp32, threads: 1, workers: 1, log_every: 1, checkpoint_every: 4,
+engine: {updates: 12, lr: 0.001, warmup: 3, precision: fp32, threads: 1, workers: 1, log_every: 1,
+checkpoint_every: 4,
   keep_last: 20}
 """
 
@@ -61,9 +62,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
     for i in range(12):
         ct = (blob(generator, (20 + i, 33, 41)) * 1500 - 1000).round().astype(np.int16)
-        nib.save(nib.Nifti1Image(ct.transpose(2, 1, 0), np.diag([1.2, 1.2, 2.0, 1])), root / "ct" / f"c{i}.nii.gz")
+        nib.save(
+            nib.Nifti1Image(ct.transpose(2, 1, 0), np.diag([1.2, 1.2, 2.0, 1])), root / "ct" / f"c{i}.nii.gz"
+        )
         mr = (blob(generator, (7, 60 + i, 50)) * 800).round().astype(np.int16)
-        nib.save(nib.Nifti1Image(mr.transpose(2, 1, 0), np.diag([0.8, 0.8, 5.0, 1])), root / "mr" / f"m{i}.nii.gz")
+        nib.save(
+            nib.Nifti1Image(mr.transpose(2, 1, 0), np.diag([0.8, 0.8, 5.0, 1])), root / "mr" / f"m{i}.nii.gz"
+        )
         xr = (blob(generator, (3, 70, 90))[1] * 255).astype(np.uint8)
         Image.fromarray(xr).save(root / "xr" / f"x{i}.png")
     sources = [
@@ -94,7 +99,15 @@ def command(recipe: Path, shards: Path, run: Path, processes: int, *overrides: s
     words = [str(recipe), "--data.root", str(shards), "--run", str(run), *overrides]
     if processes == 1:
         return [sys.executable, "-m", "pretrain", *words]
-    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--", "pretrain"]
+    start = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "--",
+        "pretrain",
+    ]
     return [sys.executable, "-m", *start, *words]
 
 
@@ -212,7 +225,12 @@ def test_export_is_an_encoder_with_its_plan(recipe: Path, shards: Path, tmp_path
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(
-    words: list[str], said: str, recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    said: str,
+    recipe: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     real = [str(shards) if word == "SHARDS" else word for word in words]
     code = main([str(recipe), "--run", str(tmp_path / "run"), *real])
@@ -287,7 +305,8 @@ class Task:
     def __init__(self):
         self.volume = conftest.hand_crop("volume", (16, 16, 24), index=0)
         self.planar = conftest.hand_crop("planar", (1, 64, 64), index=1, modality="XR")
-        self.model, _ = conftest.build([conftest.row_spec("volume", 1, 1, 16)], [self.volume], crops_per_update=2)
+        self.model, _ = conftest.build([conftest.row_spec("volume", 1, 1, 16)], [self.volume],
+        crops_per_update=2)
     def batches(self, start, rank, world):
         kind, crop = [("volume", self.volume), ("planar", self.planar)][rank]
         return repeat(conftest.build([conftest.row_spec(kind, 1, 1, 16)], [crop])[1])
@@ -299,9 +318,8 @@ class Task:
     def export(self, state, folder): pass
     def optimizer_groups(self): return [{{"params": list(self.model.parameters())}}]
 
-config = EngineConfig(updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=int(sys.argv[1]), threads=1, log_every=1)
-sys.exit(train(Task(), config, Path(sys.argv[2])).exit_code)
-'''
+config = EngineConfig(updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=int(sys.argv[1]),
+threads=1, log_every=1) sys.exit(train(Task(), config, Path(sys.argv[2])).exit_code) '''
 
 
 @pytest.mark.slow
