@@ -1,4 +1,4 @@
-"""What a run would read: the order played without data, to see the shards each node fetches and how well samples mix."""
+"""What a run would read: the order played without data; shards fetched by each node, how samples mix."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from data_pipeline.order import Columns, Order, lanes_of
 class Simulation:
     """Figures of `updates` updates on `nodes` nodes.
 
-    shards: shards that hold a sample of the selection. fetched: distinct shards each node read. working: mean number of
-    distinct shards a node reads in ten consecutive updates, which is what its cache has to hold. in_batch_repeats: share
-    of crops whose sample comes again in the same batch. same_shard: share of pairs of crops of one source in a batch that
-    come from one shard. same_shard_shuffled: the same for a perfect shuffle of each source. unseen: share of the
-    samples never drawn.
+    shards: that hold a sample of the selection. fetched: distinct shards each node read. working: mean number
+    of distinct shards a node reads in ten consecutive updates, which is what its cache has to hold.
+    in_batch_repeats: share of crops whose sample comes again in the same batch. same_shard: share of pairs of
+    crops of one source in a batch that come from one shard; same_shard_shuffled: the same for a perfect
+    shuffle of each source. unseen: share of the samples never drawn. sources: share of crops of each.
     """
 
     nodes: int
@@ -38,7 +38,7 @@ class Simulation:
 def simulate(
     manifest: Columns, order: Order, *, nodes: int = 1, updates: int = 100, start: int = 0
 ) -> Simulation:
-    """Play `updates` updates from `start` on `nodes` equal nodes; reads no voxel. UserError for counts below 1."""
+    """Play `updates` updates from `start` on `nodes` equal nodes; no voxel is read."""
     if nodes < 1 or updates < 1:
         raise UserError(f"{nodes} nodes and {updates} updates cannot be simulated; give 1 or more of each")
     node_of = {g: node for node in range(nodes) for g in lanes_of(node, nodes, order.groups) if g is not None}
@@ -46,7 +46,8 @@ def simulate(
     fetched: list[set[str]] = [set() for _ in range(nodes)]
     recent: list[list[set[str]]] = [[] for _ in range(nodes)]
     working: list[int] = []
-    drawn, sources = set(), Counter[str]()
+    drawn: set[int] = set()
+    sources = Counter[str]()
     repeats = pairs = together = 0
     for update in range(start, start + updates):
         rows = Counter[int]()
@@ -86,13 +87,14 @@ def simulate(
 
 
 def _shuffled(manifest: Columns, order: Order) -> float:
-    """Chance that two crops of one source share a shard if samples were drawn from all of the source alike."""
+    """Chance that two crops of one source share a shard if all its samples were drawn alike."""
     shard_of, source_of = manifest.column("shard"), manifest.column(order.mixture.by)
     chance = weight = 0.0
+    held: dict[str, Counter[str]] = {source: Counter() for source in order.sources}
+    for row in order.rows.tolist():
+        held[str(source_of[row])][str(shard_of[row])] += 1
     for source, share in zip(order.sources, order.weights):
-        counts = np.array(
-            list(Counter(str(shard_of[r]) for r in order.rows if source_of[r] == source).values())
-        )
+        counts = np.array(list(held[source].values()))
         if len(counts):
             # Weighted as the pairs of a batch are, by the square of a source's share.
             chance += share**2 * float(((counts / counts.sum()) ** 2).sum())
@@ -101,7 +103,7 @@ def _shuffled(manifest: Columns, order: Order) -> float:
 
 
 def describe(manifest: Columns, order: Order, *, nodes: int = 1, updates: int = 100) -> str:
-    """`Order.describe` and, below it, what a simulated run of `updates` updates on `nodes` nodes would read."""
+    """`Order.describe` and, below it, what `updates` simulated updates on `nodes` nodes would read."""
     s = simulate(manifest, order, nodes=nodes, updates=updates)
     fetched = f"{min(s.fetched)} to {max(s.fetched)}" if len(set(s.fetched)) > 1 else str(s.fetched[0])
     return "\n".join(
@@ -109,8 +111,8 @@ def describe(manifest: Columns, order: Order, *, nodes: int = 1, updates: int = 
             order.describe(),
             f"simulated: {s.updates} updates, {s.crops} crops on {s.nodes} node{'s' if s.nodes > 1 else ''}; "
             f"{s.unseen:.1%} of the samples not yet drawn",
-            f"  shards: a node fetches {fetched} of {s.shards}, and reads {s.working:.1f} in ten updates",
-            f"  mixing: {s.in_batch_repeats:.1%} of crops share a volume with another of their batch; two crops of a "
-            f"source share a shard in {s.same_shard:.2%} of pairs (perfect shuffle: {s.same_shard_shuffled:.2%})",
+            f"  shards: a node fetches {fetched} of {s.shards} and reads {s.working:.1f} in ten updates",
+            f"  mixing: {s.in_batch_repeats:.1%} of crops share a volume with another of a batch; of a source's "
+            f"pairs {s.same_shard:.2%} share a shard (perfect shuffle: {s.same_shard_shuffled:.2%})",
         ]
     )
