@@ -37,7 +37,6 @@ REASONS = MappingProxyType(
         "uneven_spacing": "slices at uneven distances",
         "duplicate_slices": "several slices at one position that do not form whole volumes",
         "no_spacing": "the pixel spacing is not stated, neither by the file nor by the source",
-        "spacing_mismatch": "spacing contradicts the one declared",
         "channel_grid": "channels of one case on different grids",
         "channel_count": "another number of channels than the dataset file names",
         "not_hounsfield": "a CT that cannot be in Hounsfield units",

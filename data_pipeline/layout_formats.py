@@ -173,23 +173,25 @@ def dicom_tree(src: SourceConfig) -> list[Case]:
     found, bad = series_in(_files(src))
     cases = []
     for series in found:
-        parents = [p.parent for p in series.files]
-        top = Path(os.path.commonpath(parents))
-        single = len(series.files) == 1
-        cases.append(
-            Case(
-                source=src.name,
-                images=(series.files[0] if single else top,),
-                label=None,
-                subject=series.patient or series.study or top.name,
-                split=None,
-                modality=(series.modality,) if series.modality else (),
-                series=series.uid,
-                files=series.files,
-                name=stem(series.files[0]) if single else top.name,
-                refused=Quarantined(series.code, path=series.files[0]) if series.code else None,
+        # Radiographs of one series (frontal, lateral) are images of their own.
+        images = [(path,) for path in series.files] if series.modality == "XR" else [series.files]
+        for files in images:
+            single = len(files) == 1
+            top = files[0] if single else Path(os.path.commonpath([p.parent for p in files]))
+            cases.append(
+                Case(
+                    source=src.name,
+                    images=(top,),
+                    label=None,
+                    subject=series.patient or series.study or top.name,
+                    split=None,
+                    modality=(series.modality,) if series.modality else (),
+                    series=series.uid,
+                    files=files,
+                    name=stem(top),
+                    refused=Quarantined(series.code, path=top) if series.code else None,
+                )
             )
-        )
     for path, error in bad:
         cases.append(
             Case(src.name, (path,), None, path.parent.name, None, (), name=stem(path), refused=error)

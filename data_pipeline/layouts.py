@@ -65,6 +65,10 @@ def discover(src: SourceConfig) -> list[Case]:
         raise UserError(
             f"{src.path}: no images found in layout {layout}; readable: {' '.join(SUFFIXES)} and DICOM"
         )
+    if src.label_glob is not None and all(case.label is None for case in cases):
+        raise UserError(
+            f"{src.path}: label_glob {src.label_glob!r} of source {src.name!r} finds no label file"
+        )
     return _assign_subjects(src, [_declare(src, case) for case in cases])
 
 

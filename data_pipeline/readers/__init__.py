@@ -178,6 +178,7 @@ class _Options:
         self.accept_no_form, self.series, self.accept_secondary = accept_no_form, series, accept_secondary
 
     def decode(self, path: Path) -> Raw:
+        self.path = path
         return decode(
             path,
             accept_no_form=self.accept_no_form,
@@ -215,9 +216,11 @@ class _Options:
     def _modality(self, raw: Raw, channel: int) -> str:
         declared = _modality_of(self.modality, channel)
         if declared is not None and declared not in get_args(Modality):
-            raise UserError(f"modality {declared!r} is not known; use one of {', '.join(get_args(Modality))}")
+            raise UserError(f"{self.path}: modality {declared!r} is not known; use CT, MR, XR or PT")
         if declared is None and raw.modality is None:
-            raise UserError("this file format does not say the modality; state modality: CT, MR, XR or PT")
+            raise UserError(
+                f"{self.path}: the file does not say its modality; state modality: CT, MR, XR or PT"
+            )
         if declared is not None and raw.modality is not None and declared != raw.modality:
             raise Quarantined("modality_mismatch", f"the header says {raw.modality}, declared is {declared}")
         return cast("str", declared or raw.modality)
@@ -226,7 +229,9 @@ class _Options:
         if self.units is not None:
             return self.units
         if modality == "CT" and raw.units == "arbitrary":
-            raise Quarantined("not_hounsfield", "the header gives no rescale to HU; or declare units: arbitrary")
+            raise Quarantined(
+                "not_hounsfield", "the header gives no rescale to HU; or declare units: arbitrary"
+            )
         return raw.units or ("HU" if modality == "CT" else "arbitrary")
 
     def _spacing(self, raw: Raw) -> tuple[np.ndarray, SpacingSource]:

@@ -107,9 +107,7 @@ def refusal(header: Dataset, accept_secondary: bool = True) -> str | None:
     return None
 
 
-def decode(
-    path: Path, *, series: str | Sequence[Path] | None = None, accept_secondary: bool = False
-) -> Raw:
+def decode(path: Path, *, series: str | Sequence[Path] | None = None, accept_secondary: bool = False) -> Raw:
     """One DICOM file (a slice, a radiograph or a multi-frame object), or the one image series in a folder.
 
     ``series`` chooses among several by SeriesInstanceUID, or gives the files so that no folder is searched.
@@ -128,18 +126,20 @@ def decode(
         raise Quarantined("unreadable", f"a header value: {type(error).__name__}") from error
 
 
-def _decode(datasets: list[Dataset], accept_secondary: bool) -> Raw:
-    for ds in datasets:
+def _decode(found: list[Dataset], accept_secondary: bool) -> Raw:
+    for ds in found:
         code = refusal(ds, accept_secondary)
         if code is not None:
             raise Quarantined(code)
+    # A file stored twice is one slice, not two.
+    datasets = list({str(ds.get("SOPInstanceUID", "")) or id(ds): ds for ds in found}.values())
     first = datasets[0]
     if "PixelData" not in first and "FloatPixelData" not in first:
         raise Quarantined("no_pixel_data")
     modality = MODALITIES[str(first.Modality)]
     if len(datasets) == 1 and "PerFrameFunctionalGroupsSequence" in first:
         return _stack(_enhanced_slices(first), modality)
-    if modality == "XR" and "ImageOrientationPatient" not in first:
+    if modality == "XR":
         return _projection(datasets)
     return _stack([_classic_slice(ds) for ds in datasets], modality)
 

@@ -12,7 +12,9 @@ from data_pipeline.intensity import Norm, _percentile, statistics
 from data_pipeline.volume import Channel, Volume
 
 
-def volume(array: np.ndarray, modality: str, units: str = "arbitrary", slope=1.0, intercept=0.0, invalid=None) -> Volume:
+def volume(
+    array: np.ndarray, modality: str, units: str = "arbitrary", slope=1.0, intercept=0.0, invalid=None
+) -> Volume:
     channel = Channel(modality, modality, units)  # type: ignore[arg-type]
     invalid = None if invalid is None else invalid[np.newaxis]
     return Volume.on_grid(
@@ -114,7 +116,9 @@ def test_percentile_is_numpys_inverted_cdf(values: list[int], percent: float) ->
 @given(st.integers(0, 2**32 - 1), st.sampled_from([np.uint8, np.int16, np.int32, np.float32, np.float64]))
 def test_any_varied_image_gives_finite_usable_constants(seed: int, dtype: type) -> None:
     random = np.random.default_rng(seed)
-    array = (random.normal(0, 1, (4, 5, 6)) ** 3 * random.choice([0.1, 30, 1e4])).clip(0, 255 if dtype is np.uint8 else None)
+    array = (random.normal(0, 1, (4, 5, 6)) ** 3 * random.choice([0.1, 30, 1e4])).clip(
+        0, 255 if dtype is np.uint8 else None
+    )
     array[random.random(array.shape) < random.random()] = 0
     array = array.astype(dtype)
     if array.min() == array.max():

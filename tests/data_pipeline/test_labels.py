@@ -48,7 +48,9 @@ def code_of(path: Path, volume: Volume, **options) -> str:
 
 
 def test_a_label_on_the_grid_comes_voxel_for_voxel(tmp_path: Path, image: Volume) -> None:
-    label = read_label(save(tmp_path / "l.nii.gz", organs()), image, regions=ORGANS, ids={"liver": 9, "spleen": 4})
+    label = read_label(
+        save(tmp_path / "l.nii.gz", organs()), image, regions=ORGANS, ids={"liver": 9, "spleen": 4}
+    )
     assert (label.placed, label.classes, label.layers.dtype) == ("grid", (4, 9), np.uint8)
     back = image.to_source(label.layers[0]).T
     np.testing.assert_array_equal(back, np.array([0, 9, 4])[organs()])
@@ -79,7 +81,9 @@ def test_a_lost_header_is_answered_by_label_geometry(tmp_path: Path, image: Volu
     np.testing.assert_array_equal(image.to_source(as_image.layers[0]).T, organs())
     shifted = AFFINE.copy()
     shifted[2, 3] = 4.0  # one slice
-    by_header = read_label(save(tmp_path / "b.nii", organs(), shifted), image, regions=ORGANS, geometry="header")
+    by_header = read_label(
+        save(tmp_path / "b.nii", organs(), shifted), image, regions=ORGANS, geometry="header"
+    )
     assert by_header.placed == "resampled"
     np.testing.assert_array_equal(image.to_source(by_header.layers[0]).T[:, :, 1:], organs()[:, :, :-1])
 
@@ -89,11 +93,17 @@ def test_another_size_is_resampled_like_simpleitk(tmp_path: Path, image: Volume)
     reference = sitk.ReadImage(str(tmp_path / "image.nii"))
     fine.SetDirection(reference.GetDirection())
     fine.SetSpacing((2 / 3, 1.5, 4.0))
-    origin = np.array(reference.GetOrigin()) + np.array(reference.GetDirection()).reshape(3, 3) @ (-2 / 3, -0.75, 0.0)
+    origin = np.array(reference.GetOrigin()) + np.array(reference.GetDirection()).reshape(3, 3) @ (
+        -2 / 3,
+        -0.75,
+        0.0,
+    )
     fine.SetOrigin(origin.tolist())
     sitk.WriteImage(fine, str(tmp_path / "fine.nii.gz"))
     label = read_label(tmp_path / "fine.nii.gz", image, regions=ORGANS)
-    expected = sitk.GetArrayFromImage(sitk.Resample(fine, reference, sitk.Transform(), sitk.sitkNearestNeighbor))
+    expected = sitk.GetArrayFromImage(
+        sitk.Resample(fine, reference, sitk.Transform(), sitk.sitkNearestNeighbor)
+    )
     assert label.placed == "resampled"
     np.testing.assert_array_equal(image.to_source(label.layers[0]), expected)
     assert label.lost == {1: 0.0, 2: 0.0}
@@ -107,12 +117,16 @@ def test_an_oblique_label_is_resampled_like_simpleitk(tmp_path: Path, image: Vol
     data[2:5, 3:6, 2:6] = 1
     label = read_label(save(tmp_path / "a.nii", data, turned), image, regions=ORGANS)
     reference, moving = sitk.ReadImage(str(tmp_path / "image.nii")), sitk.ReadImage(str(tmp_path / "a.nii"))
-    expected = sitk.GetArrayFromImage(sitk.Resample(moving, reference, sitk.Transform(), sitk.sitkNearestNeighbor))
+    expected = sitk.GetArrayFromImage(
+        sitk.Resample(moving, reference, sitk.Transform(), sitk.sitkNearestNeighbor)
+    )
     assert (image.to_source(label.layers[0]) != expected).mean() < 0.01  # ties aside
     assert label.layers.any()
 
 
-def test_a_label_mostly_outside_is_refused_and_a_little_loss_is_recorded(tmp_path: Path, image: Volume) -> None:
+def test_a_label_mostly_outside_is_refused_and_a_little_loss_is_recorded(
+    tmp_path: Path, image: Volume
+) -> None:
     away, half, little = (np.diag([-2.0, 3.0, 4.0, 1.0]) for _ in range(3))
     away[0, 3], half[2, 3], little[2, 3] = 500.0, 20.0, 4.0
     data = np.zeros((*SHAPE[:2], 9), np.uint8)
@@ -188,7 +202,11 @@ def test_foreground_voxels_are_of_their_class_and_repeat(seed: int, per_class: i
         own = layers[entry.layer].ravel()
         assert entry.voxels.dtype == np.int32
         assert (own[entry.voxels] == entry.label).all()
-        assert len(np.unique(entry.voxels)) == len(entry.voxels) == min(per_class, int((own == entry.label).sum()))
+        assert (
+            len(np.unique(entry.voxels))
+            == len(entry.voxels)
+            == min(per_class, int((own == entry.label).sum()))
+        )
     assert {(f.layer, f.label) for f in found} == {
         (n, v) for n in range(2) for v in (1, 5) if (layers[n] == v).any()
     }
@@ -208,5 +226,7 @@ def test_real_labels_match_their_images(real_data: Path) -> None:
         np.testing.assert_array_equal(volume.to_source(label.layers[0]), expected)
         assert label.placed == "grid"
     series = read(real_data / "dicom_sarcoma/STS_019/CT")
-    label = read_label(real_data / "ct_mr_pet_sarcoma/STS_019/CT_mask.nii.gz", series, regions={"tumour": (1,)})
+    label = read_label(
+        real_data / "ct_mr_pet_sarcoma/STS_019/CT_mask.nii.gz", series, regions={"tumour": (1,)}
+    )
     assert label.placed == "grid"

@@ -39,14 +39,25 @@ def test_the_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> Non
     assert KeyedHash.open(tmp_path / "other").of("path", "x") != first.of("path", "x")
 
 
-@given(st.dictionaries(st.sampled_from([*NUMBERS, "PatientSex", "Manufacturer", "frame", "PatientName"]), st.text()))
+@given(
+    st.dictionaries(
+        st.sampled_from([*NUMBERS, "PatientSex", "Manufacturer", "frame", "PatientName"]), st.text()
+    )
+)
 def test_free_text_passes_no_field(found: dict[str, str]) -> None:
     for name, value in allowed({k: f"Doe {v}" for k, v in found.items()}).items():
         raise AssertionError((name, value))
 
 
 def test_numbers_and_codes_pass() -> None:
-    found = {"KVP": "120", "EchoTime": "3.4", "PatientSex": "F", "frame": "2 of 10", "PatientAge": "89+", "KVPP": "1"}
+    found = {
+        "KVP": "120",
+        "EchoTime": "3.4",
+        "PatientSex": "F",
+        "frame": "2 of 10",
+        "PatientAge": "89+",
+        "KVPP": "1",
+    }
     assert allowed(found) == {k: v for k, v in found.items() if k != "KVPP"}
     assert allowed({"PatientAge": "95"}) == {}
 

@@ -11,10 +11,12 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from data_pipeline.errors import Quarantined
+from data_pipeline.layouts import discover, read_case
 from data_pipeline.privacy import technical_fields
 from data_pipeline.readers import read, read_all
 from data_pipeline.readers.dicom import series_in
 from data_pipeline.readers.dicom_pixels import significant_bits, suv_factor
+from data_pipeline.sources import SourceConfig
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)  # row direction, column direction
@@ -35,7 +37,10 @@ def dataset(array: np.ndarray, position, series: str, number: int = 1, **tags) -
     ds.BitsAllocated = ds.BitsStored = array.dtype.itemsize * 8
     ds.HighBit, ds.PixelRepresentation = ds.BitsStored - 1, int(array.dtype.kind == "i")
     ds.PixelSpacing, ds.SliceThickness = [0.5, 0.75], 2.0
-    ds.ImageOrientationPatient, ds.ImagePositionPatient = list(OBLIQUE), [round(float(p), 9) for p in position]
+    ds.ImageOrientationPatient, ds.ImagePositionPatient = (
+        list(OBLIQUE),
+        [round(float(p), 9) for p in position],
+    )
     ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
     ds.PixelData = array.tobytes()
     for name, value in tags.items():
@@ -46,7 +51,9 @@ def dataset(array: np.ndarray, position, series: str, number: int = 1, **tags) -
     return ds
 
 
-def series_of(folder: Path, array: np.ndarray, positions=None, per_slice=None, uid: str | None = None, **tags) -> Path:
+def series_of(
+    folder: Path, array: np.ndarray, positions=None, per_slice=None, uid: str | None = None, **tags
+) -> Path:
     """Write slices in shuffled file order."""
     folder.mkdir(parents=True, exist_ok=True)
     uid = uid or generate_uid()
@@ -80,10 +87,14 @@ def test_slices_are_sorted_along_the_normal_like_simpleitk(tmp_path: Path, array
     image = reader.Execute()
     stored = volume.to_source(volume.voxels[0])
     np.testing.assert_array_equal(stored, array)
-    np.testing.assert_array_equal(stored * volume.slope[0] + volume.intercept[0], sitk.GetArrayFromImage(image))
+    np.testing.assert_array_equal(
+        stored * volume.slope[0] + volume.intercept[0], sitk.GetArrayFromImage(image)
+    )
     np.testing.assert_allclose(volume.source_affine[:3, 3], image.GetOrigin(), atol=1e-6)
     np.testing.assert_allclose(
-        volume.source_affine[:3, :3], np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing(), atol=1e-6
+        volume.source_affine[:3, :3],
+        np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing(),
+        atol=1e-6,
     )
     assert volume.channels[0].units == "HU"
     point = volume.lps_mm_of_index(volume.index_of_lps_mm(image.TransformIndexToPhysicalPoint((3, 2, 1))))
@@ -93,7 +104,12 @@ def test_slices_are_sorted_along_the_normal_like_simpleitk(tmp_path: Path, array
 
 def test_a_series_may_lie_across_folders_and_beside_another(tmp_path: Path, array: np.ndarray) -> None:
     series_of(tmp_path / "a" / "1", array[:2], uid="1.9.1")
-    series_of(tmp_path / "a" / "2", array[2:], [np.array([5.0, 6, 7]) + 2.0 * k * NORMAL for k in (2, 3, 4)], uid="1.9.1")
+    series_of(
+        tmp_path / "a" / "2",
+        array[2:],
+        [np.array([5.0, 6, 7]) + 2.0 * k * NORMAL for k in (2, 3, 4)],
+        uid="1.9.1",
+    )
     np.testing.assert_array_equal(read(tmp_path / "a").to_source(read(tmp_path / "a").voxels[0]), array)
     series_of(tmp_path / "b", array, uid="1.9.2")
     assert code_of(tmp_path) == "several_series"
@@ -115,11 +131,34 @@ def test_a_gap_uneven_slices_tilt_and_mixed_slices_are_refused(tmp_path: Path, a
     tilt = [origin + 2.0 * k * NORMAL + 0.4 * k * np.array(OBLIQUE[3:]) for k in range(5)]
     assert code_of(series_of(tmp_path / "tilt", array, tilt)) == "gantry_tilt"
     flat = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
-    assert code_of(series_of(tmp_path / "mixed", array, per_slice=lambda k: flat if k == 3 else {})) == "mixed_orientation"
+    assert (
+        code_of(series_of(tmp_path / "mixed", array, per_slice=lambda k: flat if k == 3 else {}))
+        == "mixed_orientation"
+    )
     wide = {"PixelSpacing": [0.5, 0.8]}
-    assert code_of(series_of(tmp_path / "shape", array, per_slice=lambda k: wide if k == 3 else {})) == "mixed_shape"
+    assert (
+        code_of(series_of(tmp_path / "shape", array, per_slice=lambda k: wide if k == 3 else {}))
+        == "mixed_shape"
+    )
     twice = [origin + 2.0 * k * NORMAL for k in (0, 1, 2, 2, 3)]
     assert code_of(series_of(tmp_path / "twice", array, twice)) == "duplicate_slices"
+
+
+def test_files_stored_twice_count_once(tmp_path: Path, array: np.ndarray) -> None:
+    series_of(tmp_path / "a", array)
+    (tmp_path / "b").mkdir()
+    for path in (tmp_path / "a").iterdir():
+        (tmp_path / "b" / path.name).write_bytes(path.read_bytes())
+    volumes = read_all(tmp_path)
+    assert len(volumes) == 1
+    np.testing.assert_array_equal(volumes[0].to_source(volumes[0].voxels[0]), array)
+
+
+def test_radiographs_of_one_series_are_cases_of_their_own(tmp_path: Path, array: np.ndarray) -> None:
+    src = SourceConfig(path=series_of(tmp_path, array[:2], Modality="DX", RescaleIntercept=0))
+    cases = discover(src)
+    assert len(cases) == 2
+    assert {read_case(c, src)[0].voxels.tobytes() for c in cases} == {array[0].tobytes(), array[1].tobytes()}
 
 
 def test_jitter_below_the_tolerance_is_read(tmp_path: Path, array: np.ndarray) -> None:
@@ -136,7 +175,9 @@ def test_repeated_positions_are_frames_in_time(tmp_path: Path, array: np.ndarray
 
 
 def test_rescale_per_slice_gives_real_values(tmp_path: Path, array: np.ndarray) -> None:
-    volume = read(series_of(tmp_path, array, per_slice=lambda k: {"RescaleSlope": 0.5 + k, "RescaleIntercept": k}))
+    volume = read(
+        series_of(tmp_path, array, per_slice=lambda k: {"RescaleSlope": 0.5 + k, "RescaleIntercept": k})
+    )
     expected = array * (0.5 + np.arange(5))[:, None, None] + np.arange(5)[:, None, None]
     np.testing.assert_allclose(volume.to_source(volume.voxels[0]), expected, rtol=1e-6)
     assert (volume.slope, volume.provenance["rescale"]) == ((1.0,), "per slice")
@@ -162,15 +203,24 @@ def test_bits_above_bits_stored_are_masked(tmp_path: Path) -> None:
 def test_monochrome1_is_inverted_and_a_radiograph_has_depth_one(tmp_path: Path, array: np.ndarray) -> None:
     image = (array[0] % 1024).astype(np.uint16)
     tags = {
-        "Modality": "DX", "PhotometricInterpretation": "MONOCHROME1", "BitsStored": 10, "HighBit": 9, "PixelSpacing": None,
-        "ImageOrientationPatient": None, "ImagePositionPatient": None, "RescaleIntercept": 0,
-        "ImagerPixelSpacing": [0.3, 0.3], "EstimatedRadiographicMagnificationFactor": 1.5,
-    }  # fmt: skip
+        "Modality": "DX",
+        "PhotometricInterpretation": "MONOCHROME1",
+        "BitsStored": 10,
+        "HighBit": 9,
+        "PixelSpacing": None,
+        "ImageOrientationPatient": None,
+        "ImagePositionPatient": None,
+        "RescaleIntercept": 0,
+        "ImagerPixelSpacing": [0.3, 0.3],
+        "EstimatedRadiographicMagnificationFactor": 1.5,
+    }
     volume = read(series_of(tmp_path, image[np.newaxis], **tags) / "000.dcm")
     np.testing.assert_array_equal(volume.voxels[0, 0], 1023 - image)
     assert volume.spacing[1:] == pytest.approx((0.2, 0.2))
     assert (volume.channels[0].modality, volume.spacing_source) == ("XR", "header")
-    bare = series_of(tmp_path / "bare", image[np.newaxis], **{k: v for k, v in tags.items() if "Imager" not in k})
+    bare = series_of(
+        tmp_path / "bare", image[np.newaxis], **{k: v for k, v in tags.items() if "Imager" not in k}
+    )
     assert code_of(bare) == "no_spacing"
     assert read(bare, field_mm=70).spacing[1:] == (10.0, 10.0)
 
@@ -213,7 +263,9 @@ def test_padding_is_invalid_only_where_it_cannot_be_air(tmp_path: Path) -> None:
         ({"RescaleSlope": 0}, "unreadable"),
     ],
 )
-def test_what_is_no_trustworthy_image_is_refused_by_code(tmp_path: Path, array: np.ndarray, tags: dict, code: str) -> None:
+def test_what_is_no_trustworthy_image_is_refused_by_code(
+    tmp_path: Path, array: np.ndarray, tags: dict, code: str
+) -> None:
     assert code_of(series_of(tmp_path, array, **tags)) == code
 
 
@@ -247,7 +299,12 @@ def test_suv_factor_follows_the_formula() -> None:
     assert suv_factor([pet(DecayCorrection="ADMIN")], {}) == pytest.approx(70000 / 3.7e8)
     assert suv_factor([pet(SeriesTime="120000")], {}) == pytest.approx(70000 / decayed)  # later processing
     assert suv_factor([pet(Units="GML")], {}) == 1.0
-    for broken in ({"PatientWeight": None}, {"DecayCorrection": "NONE"}, {"Units": "CNTS"}, {"SeriesTime": "080000", "AcquisitionTime": "080000"}):
+    for broken in (
+        {"PatientWeight": None},
+        {"DecayCorrection": "NONE"},
+        {"Units": "CNTS"},
+        {"SeriesTime": "080000", "AcquisitionTime": "080000"},
+    ):
         notes: dict[str, str] = {}
         assert suv_factor([pet(**broken)], notes) is None
         assert notes == {"suv": "tags missing"}
@@ -263,10 +320,18 @@ def test_pet_is_read_as_suv(tmp_path: Path) -> None:
 
 def test_no_identifier_of_a_header_reaches_the_provenance(tmp_path: Path, array: np.ndarray) -> None:
     words = {
-        "PatientBirthDate": "19400102", "InstitutionName": "Clinic Doe", "StudyDescription": "Doe knee", "PatientAge": "095Y",
-        "SeriesDescription": "Jane", "ProtocolName": "Jane", "Manufacturer": "Jane Doe SIEMENS", "BodyPartExamined": "JANE DOE",
-        "OperatorsName": "Doe", "KVP": 120, "PatientSex": "F",
-    }  # fmt: skip
+        "PatientBirthDate": "19400102",
+        "InstitutionName": "Clinic Doe",
+        "StudyDescription": "Doe knee",
+        "PatientAge": "095Y",
+        "SeriesDescription": "Jane",
+        "ProtocolName": "Jane",
+        "Manufacturer": "Jane Doe SIEMENS",
+        "BodyPartExamined": "JANE DOE",
+        "OperatorsName": "Doe",
+        "KVP": 120,
+        "PatientSex": "F",
+    }
     volume = read(series_of(tmp_path, array, **words))
     text = repr(dict(volume.provenance)).lower()
     assert not any(word in text for word in ("doe", "jane", "4711", "1940", "95", "clinic"))
@@ -282,6 +347,7 @@ def test_technical_fields_survive_nonsense() -> None:
     assert technical_fields(ds) == {}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_headers_damaged_anywhere_are_refused_not_raised(tmp_path: Path, array: np.ndarray) -> None:
     whole = (series_of(tmp_path / "s", array[:1]) / "000.dcm").read_bytes()
     random = np.random.default_rng(0)

@@ -20,7 +20,9 @@ from data_pipeline.volume import Volume
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None, sform: int = 1, qform: int = 0, **scl) -> Path:
+def nifti(
+    path: Path, data: np.ndarray, affine: np.ndarray | None = None, sform: int = 1, qform: int = 0, **scl
+) -> Path:
     image = nibabel.Nifti1Image(data, np.diag([2.0, 3.0, 4.0, 1.0]) if affine is None else affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(image.affine, sform)
@@ -42,7 +44,8 @@ def code_of(path: Path, **options) -> str:
 def assert_same_as_simpleitk(volume: Volume, image: sitk.Image, atol: float = 1e-5) -> None:
     """Voxels in source order and the source affine, as SimpleITK sees them."""
     np.testing.assert_allclose(
-        volume.to_source(volume.voxels[0]) * volume.slope[0] + volume.intercept[0], sitk.GetArrayFromImage(image)
+        volume.to_source(volume.voxels[0]) * volume.slope[0] + volume.intercept[0],
+        sitk.GetArrayFromImage(image),
     )
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
@@ -182,14 +185,18 @@ def test_modality_must_be_stated_and_known(tmp_path: Path) -> None:
 
 
 def test_metaimage_without_spacing_is_not_one_millimetre(tmp_path: Path) -> None:
-    header = "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
+    header = (
+        "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
+    )
     path = tmp_path / "a.mha"
     path.write_bytes(header.encode() + bytes(range(8)))
     assert code_of(path, modality="MR") == "no_spacing"
     volume = read(path, modality="MR", spacing=(3.0, 2.0, 1.0))
     assert (volume.spacing, volume.spacing_source) == ((3.0, 2.0, 1.0), "declared")
     path = tmp_path / "a.nrrd"
-    path.write_bytes(b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\n\n" + bytes(range(8)))
+    path.write_bytes(
+        b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\n\n" + bytes(range(8))
+    )
     assert code_of(path, modality="MR") == "no_spacing"
 
 
@@ -219,7 +226,9 @@ def test_colour_is_refused_unless_it_is_grey(tmp_path: Path) -> None:
     Image.fromarray(np.stack([grey] * 4, -1)).save(tmp_path / "glass.png")
     assert code_of(tmp_path / "glass.png", modality="XR", field_mm=1) == "colour"
     Image.fromarray(grey).convert("P").save(tmp_path / "palette.png")
-    np.testing.assert_array_equal(read(tmp_path / "palette.png", modality="XR", field_mm=1).voxels[0, 0], grey)
+    np.testing.assert_array_equal(
+        read(tmp_path / "palette.png", modality="XR", field_mm=1).voxels[0, 0], grey
+    )
 
 
 def test_missing_unknown_and_cut_files_are_named(tmp_path: Path) -> None:

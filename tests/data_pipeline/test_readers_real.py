@@ -1,4 +1,5 @@
-"""Real scans: every one read as SimpleITK reads it, and every hard input read rightly or refused by the right code."""
+"""Real scans: every one read as SimpleITK reads it, and every hard input read rightly or refused by the
+right code."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ def assert_same(volume: Volume, image: sitk.Image, atol: float = 1e-3) -> None:
     valid = slice(None) if volume.invalid is None else ~volume.to_source(volume.invalid[0])
     stored = volume.to_source(volume.voxels[0])
     np.testing.assert_allclose(
-        (stored * np.float64(volume.slope[0]) + volume.intercept[0])[valid], array[valid], rtol=1e-5, atol=1e-4
+        (stored * np.float64(volume.slope[0]) + volume.intercept[0])[valid],
+        array[valid],
+        rtol=1e-5,
+        atol=1e-4,
     )
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
@@ -58,14 +62,21 @@ def test_files_equal_simpleitk(real_data: Path, folder: str, pattern: str, modal
 
 @pytest.mark.parametrize(
     "folder",
-    ["dicom_sarcoma/STS_019/CT/image", "dicom_sarcoma/STS_019/MR_T1/image", "ct_mr_body/example_ct_dicom",
-     "dicom_ct_liver/ct-3slice", "hard/dicom2nifti/compressed_jpegls/001"],
-)  # fmt: skip
+    [
+        "dicom_sarcoma/STS_019/CT/image",
+        "dicom_sarcoma/STS_019/MR_T1/image",
+        "ct_mr_body/example_ct_dicom",
+        "dicom_ct_liver/ct-3slice",
+        "hard/dicom2nifti/compressed_jpegls/001",
+    ],
+)
 def test_series_equal_simpleitk(real_data: Path, folder: str) -> None:
     volume = read(real_data / folder)
     reader = sitk.ImageSeriesReader()
     names = reader.GetGDCMSeriesFileNames(str(real_data / folder))
-    if len(names) < volume.source_shape[0]:  # no SeriesInstanceUID: order the files ourselves, as the normal says
+    if (
+        len(names) < volume.source_shape[0]
+    ):  # no SeriesInstanceUID: order the files ourselves, as the normal says
         files = [str(p) for p in (real_data / folder).iterdir()]
         positions = {f: float(sitk_tag(f, "0020|0032").split("\\")[2]) for f in files}
         names = sorted(files, key=positions.__getitem__)
@@ -99,9 +110,10 @@ def test_radiographs_have_no_spacing_of_their_own(real_data: Path) -> None:
         read(paths[0], modality="XR")
 
 
+JPEG2000 = "CTImage.dcm_JPEG2000LosslessOnlyTransferSyntax_1.2.840.10008.1.2.4.90.dcm"
 #: What each hard input must come to: a shape (z, y, x on the grid as read) or a reason code.
 HARD: list[tuple[str, str | None, object]] = [
-    ("cornerstone_ct_syntaxes/CTImage.dcm_JPEG2000LosslessOnlyTransferSyntax_1.2.840.10008.1.2.4.90.dcm", None, (1, 512, 512)),
+    (f"cornerstone_ct_syntaxes/{JPEG2000}", None, (1, 512, 512)),
     ("cornerstone_ct_syntaxes/no-pixel-data.dcm", None, "not_an_image"),
     ("cornerstone_ct_syntaxes/no-pixel-spacing.dcm", None, "unsupported_modality"),
     ("derived/truncated_sts019_ct.nii.gz", "CT", "truncated"),
@@ -135,7 +147,7 @@ HARD: list[tuple[str, str | None, object]] = [
     ("sct/dmri/dmri.nii.gz", "MR", (5, 42, 40)),
     ("sct/fmri/fmri_r.nii.gz", "MR", (6, 34, 34)),
     ("txrv/Fake_MONOHR1.dcm", None, "secondary_capture"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "modality", "expected"), HARD, ids=[name for name, _, _ in HARD])

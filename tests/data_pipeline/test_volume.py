@@ -15,7 +15,9 @@ from data_pipeline.volume import Channel, Volume, corner_distance, nearest_lps
 SHAPE = (3, 4, 5)  # z, y, x
 MR = Channel("MR", "MR", "arbitrary")
 AXIS_DIRECTIONS = [
-    np.eye(3)[:, order] * signs for order in permutations(range(3)) for signs in product((1.0, -1.0), repeat=3)
+    np.eye(3)[:, order] * signs
+    for order in permutations(range(3))
+    for signs in product((1.0, -1.0), repeat=3)
 ]
 
 
@@ -28,7 +30,9 @@ def rotation(x: float, y: float, z: float) -> np.ndarray:
     )
 
 
-def volume_of(direction: np.ndarray, spacing_xyz=(0.7, 1.3, 2.9), origin=(11.0, -7.0, 3.5), channels: int = 2) -> Volume:
+def volume_of(
+    direction: np.ndarray, spacing_xyz=(0.7, 1.3, 2.9), origin=(11.0, -7.0, 3.5), channels: int = 2
+) -> Volume:
     affine = np.eye(4)
     affine[:3, :3] = direction * np.array(spacing_xyz)
     affine[:3, 3] = origin
@@ -80,7 +84,9 @@ def test_every_axis_order_gives_the_same_canonical_grid() -> None:
     reference = volume_of(np.eye(3), spacing_xyz=(1.0, 2.0, 3.0), origin=(5.0, 6.0, 7.0))
     seen = set()
     for direction in AXIS_DIRECTIONS:
-        order = tuple(int(np.argmax(np.abs(direction[:, n]))) for n in range(3))  # patient axis of image x, y, z
+        order = tuple(
+            int(np.argmax(np.abs(direction[:, n]))) for n in range(3)
+        )  # patient axis of image x, y, z
         array = reference.voxels.transpose(0, *(1 + 2 - order[2 - n] for n in range(3)))
         affine = np.eye(4)
         affine[:3, 3] = reference.affine[:3, 3]
@@ -99,13 +105,19 @@ def test_every_axis_order_gives_the_same_canonical_grid() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(number=st.integers(0, 47), tilt=tilts, index=st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 2)))
+@given(
+    number=st.integers(0, 47),
+    tilt=tilts,
+    index=st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 2)),
+)
 def test_index_and_mm_agree_with_simpleitk(number: int, tilt: tuple, index: tuple[int, int, int]) -> None:
     volume = volume_of(rotation(*tilt) @ AXIS_DIRECTIONS[number])
     image = sitk_of(volume)
     point = volume.lps_mm_of_index(index)
     np.testing.assert_allclose(point, image.TransformIndexToPhysicalPoint(index), atol=1e-9)
-    assert tuple(np.rint(volume.index_of_lps_mm(point)).astype(int)) == image.TransformPhysicalPointToIndex(point.tolist())
+    assert tuple(np.rint(volume.index_of_lps_mm(point)).astype(int)) == image.TransformPhysicalPointToIndex(
+        point.tolist()
+    )
     off = point + 0.2
     np.testing.assert_allclose(
         volume.index_of_lps_mm(off), image.TransformPhysicalPointToContinuousIndex(off.tolist()), atol=1e-9
