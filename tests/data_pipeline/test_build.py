@@ -19,9 +19,8 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from data_pipeline.build import BuildReport, build, build_from_recipe, label_ids
+from data_pipeline.build import BuildReport, build, build_from_recipe
 from data_pipeline.errors import UserError
-from data_pipeline.layouts import Case
 from data_pipeline.manifest import Manifest
 from data_pipeline.sources import SourceConfig
 from data_pipeline.storage import ShardReader, decode, invalid_of
@@ -314,87 +313,6 @@ def test_exact_keeps_float32(scans: Path, tmp_path: Path) -> None:
     assert report.notes["stored as float32"] == 8
 
 
-@pytest.fixture
-def nnunet(tmp_path: Path) -> Path:
-    root = tmp_path / "Dataset001_Brats"
-    description = {
-        "channel_names": {"0": "T1", "1": "FLAIR"},
-        "labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3},
-        "regions_class_order": [1, 2],
-        "numTraining": 5,
-        "file_ending": ".nii.gz",
-    }
-    for n in range(5):
-        for channel in range(2):
-            array = np.random.default_rng(10 * n + channel).integers(0, 900 + 60000 * channel, (12, 14, 10))
-            write_nifti(
-                root / "imagesTr" / f"case_{n}_000{channel}.nii.gz", array.astype(np.uint16), ras=n % 2 == 0
-            )
-        label = np.random.default_rng(n).integers(0, 4, (12, 14, 10)).astype(np.uint8)
-        write_nifti(root / "labelsTr" / f"case_{n}.nii.gz", label, ras=n % 2 == 0)
-    (root / "dataset.json").write_text(json.dumps(description))
-    return root
-
-
-def test_a_two_channel_nnunet_folder(nnunet: Path, tmp_path: Path) -> None:
-    report = build([SourceConfig(path=nnunet, name="brats")], tmp_path / "o", progress=False)
-    manifest = Manifest.open(report.out)
-    reader = ShardReader(report.out, manifest)
-    assert manifest.info["labels"] == {"1": "whole", "2": "core"}
-    rows = {key: i for i, key in enumerate(manifest.column("key"))}
-    for entry in index_of(report):
-        row = rows[entry["keys"][0]]
-        values = manifest.row(row)
-        assert values["channels"] == ["T1", "FLAIR"]
-        assert values["modalities"] == ["MR", "MR"]
-        assert values["shape"][0] == 2
-        description = json.loads(member(report.out, values, "json"))
-        for channel, path in enumerate(entry["paths"]):
-            stored = reader.read_box(row, "image", channel, (0, 0, 0), values["shape"][1:])
-            real = stored * values["norm"][channel][0] + values["norm"][channel][1]
-            np.testing.assert_array_equal(restored(description, real), np.asarray(nib.load(path).dataobj).T)
-        seg = restored(description, reader.read_box(row, "seg", None, (0, 0, 0), values["shape"][1:]))
-        truth = np.asarray(nib.load(entry["label"]).dataobj).T
-        layer_of = {f["class"]: f["layer"] for f in values["foreground"]}
-        assert len(seg) == 2  # whole and core overlap, so each has its own layer
-        for label, meant in ((1, (1, 2)), (2, (2,))):
-            np.testing.assert_array_equal(seg[layer_of[label]] == label, np.isin(truth, meant))
-        assert (seg[:, truth == 3] == 255).all()
-
-
-def test_labels_of_duplicates_are_kept(scans: Path, tmp_path: Path) -> None:
-    """An unlabelled image and its labelled copies: one sample, every label. Same name, other voxels: conflict."""
-    array = phantom(1)
-    write_nifti(tmp_path / "a" / "img.nii.gz", array)
-    for name, shift in (("b", 0), ("c", 1), ("d", 0)):
-        write_nifti(tmp_path / name / "img.nii.gz", array.astype(np.int32))
-        write_nifti(tmp_path / name / "lab.nii.gz", np.roll((array > 60).astype(np.uint8), shift, 0))
-    described = [SourceConfig(path=tmp_path / "a", name="a", modality="CT")]
-    for name, label in (("b", {1: "liver"}), ("c", {1: "liver"}), ("d", {1: "spleen"})):
-        described.append(
-            SourceConfig(
-                path=tmp_path / name,
-                name=name,
-                modality="CT",
-                include=("img.nii.gz",),
-                label_glob="lab.nii.gz",
-                labels=label,
-            )
-        )
-    report = build(described, tmp_path / "o", progress=False)
-    manifest = Manifest.open(report.out)
-    row = manifest.row(0)
-    assert len(manifest) == 1
-    assert report.notes["duplicates left out"] == 3
-    assert report.notes["label conflicts between duplicates"] == 1
-    assert report.notes["labels added from duplicates"] == 1
-    assert row["annotated"] == ["liver", "spleen"]
-    seg = ShardReader(report.out, manifest).read_box(0, "seg", None, (0, 0, 0), row["shape"][1:])
-    assert seg.shape[0] == 2
-    np.testing.assert_array_equal(seg[0] == 1, seg[1] == 2)
-    assert verify(report.out) == []
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -460,22 +378,6 @@ def test_mistakes_are_said_in_one_line(scans: Path, tmp_path: Path, kind: str, m
     assert "\n" not in str(caught.value)
 
 
-def test_names_that_look_alike_are_a_conflict() -> None:
-    def case(source: str, *names: str) -> Case:
-        regions = {name: (n,) for n, name in enumerate(names, 1)}
-        return Case(source, (), None, "", None, (), label_regions=regions)
-
-    assert label_ids([case("a", "liver", "spleen"), case("b", "spleen", "kidney")]) == {
-        "liver": 1,
-        "spleen": 2,
-        "kidney": 3,
-    }
-    with pytest.raises(UserError, match=r"'left kidney' \(source 'a'\) and 'Left_Kidney' \('b'\)"):
-        label_ids([case("a", "left kidney"), case("b", "Left_Kidney")])
-    with pytest.raises(UserError, match="at most 254"):
-        label_ids([case("a", *(f"n{i}" for i in range(255)))])
-
-
 def test_from_a_recipe(scans: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -495,26 +397,6 @@ def test_from_a_recipe(scans: Path, tmp_path: Path) -> None:
     assert set(manifest.column("split")) == {"train", "test"}
     plain = build_from_recipe([scans / "mr"], tmp_path / "p", modality="MR", progress=False)
     assert plain.samples == 8
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sources: [{path: mr, modalty: MR}]", "unknown field 'sources.0.modalty'; did you mean 'modality'?"),
-        ("sauces: []", "sources must be a list"),
-        ("sources: [{path: mr}]\nsede: 1", "unknown field 'sede'; did you mean 'seed'?"),
-        ("sources: [{path: mr, burned_in: perhaps}]", "sources.0.burned_in"),
-        ("a: [", "not valid YAML (line 1)"),
-        ("just words", "a recipe is a mapping"),
-    ],
-)
-def test_a_wrong_recipe_is_said_in_one_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        build_from_recipe(tmp_path / "r.yaml", tmp_path / "o", progress=False)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="cannot be read"):
-        build_from_recipe(tmp_path / "no.yaml", tmp_path / "o", progress=False)
 
 
 def test_pictures_decode(built: BuildReport) -> None:
