@@ -5,17 +5,21 @@ What a worker has to say is in its own output and in RUN/verdict.json; torchrun 
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import get_args_parser, run
 
 
 def main() -> int:
     """Run torchrun with this process's arguments; 0, or 1 where a worker failed or a signal ended it."""
+    logging.disable(logging.ERROR)  # torchrun's lines about a failed worker; the worker has said why
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # or a worker's own --run would be taken for torchrun's --run-path
     try:
-        run(parse_args(sys.argv[1:]))
+        run(parser.parse_args(sys.argv[1:]))
     except (ChildFailedError, SignalException):
         return 1
     return 0
