@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import EncoderConfig
 from model.errors import UserError
@@ -40,12 +40,20 @@ class NormalisationRule(BaseModel):
     high: float
     center: float | None = None
     scale: float | None = None
-    compress: float = 0.0
+    compress: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> NormalisationRule:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} must lie below high {self.high}")
+        if self.kind == "fixed" and (self.center is None or self.scale is None or not self.scale > 0):
+            raise ValueError("a fixed rule states center and a scale above 0")
+        return self
 
 
 DEFAULT_NORMALISATION: dict[Modality, NormalisationRule] = {
     "CT": NormalisationRule(kind="fixed", units="HU", low=-1024, high=3071, center=-200, scale=500),
-    "PT": NormalisationRule(kind="fixed", units="SUV", low=0, high=100, center=1, scale=1, compress=1),
+    "PT": NormalisationRule(kind="fixed", units="SUV", low=0, high=100, center=0.5, scale=1, compress=1),
     "MR": NormalisationRule(kind="percentile", low=0.5, high=99.5),
     "XR": NormalisationRule(kind="percentile", low=0.5, high=99.5),
 }
@@ -141,7 +149,9 @@ def norm_for(plan: AdaptationPlan, modality: str) -> tuple[float, ...] | None:
         )
     if rule.kind == "percentile":
         return None
-    return (1.0, 0.0, rule.low, rule.high, float(rule.center or 0.0), float(rule.scale or 1.0), rule.compress)
+    assert rule.center is not None
+    assert rule.scale is not None
+    return (1.0, 0.0, rule.low, rule.high, rule.center, rule.scale, rule.compress)
 
 
 def normalise_for(
@@ -151,7 +161,8 @@ def normalise_for(
 
     values: array of any shape; not finite means no voxel there and becomes the normalised low. norm: (slope,
     intercept, low, high, center, scale, compress) of this volume, needed for a percentile rule (statistics of
-    the whole volume, never of a crop) and otherwise taken from the plan.
+    the whole volume, never of a crop) and otherwise taken from the plan. Its slope and intercept lead from
+    stored to real values, and are not used here, as values are real already.
     """
     fixed = norm_for(plan, modality)
     if fixed is None and norm is None:
@@ -161,8 +172,8 @@ def normalise_for(
         )
     chosen = norm if norm is not None else fixed
     assert chosen is not None
-    slope, intercept, low, high, center, scale, compress = chosen
-    real = np.asarray(values, dtype=np.float32) * np.float32(slope) + np.float32(intercept)
+    _, _, low, high, center, scale, compress = chosen
+    real = np.asarray(values, dtype=np.float32)
     real = np.where(np.isfinite(real), np.clip(real, low, high), np.float32(low))
     if compress > 0:
         real = np.arcsinh(real / np.float32(compress))

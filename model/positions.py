@@ -30,11 +30,14 @@ def rotary(
     return angle.cos(), angle.sin()
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (S, heads, head_dim) by tables (S, head_dim // 2); channel i pairs with i + head_dim // 2."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Turn x (S, heads, head_dim) by tables (S, head_dim // 2); channel i pairs with i + head_dim // 2.
+
+    Computed in float32; the result has `dtype`, by default that of x.
+    """
     first, second = x.float().chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(dtype or x.dtype)
 
 
 def from_middle(centres: Tensor, layout: tuple[tuple[int, int], ...], attend: Tensor | None = None) -> Tensor:

@@ -212,3 +212,7 @@ def test_shared_and_strided_tensors_are_saved_whole(tmp_path: Path) -> None:
 def test_rules_must_name_a_known_kind() -> None:
     with pytest.raises(ValueError):
         NormalisationRule(kind="minmax", low=0, high=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="center"):
+        NormalisationRule(kind="fixed", low=0, high=1)
+    with pytest.raises(ValueError, match="below high"):
+        NormalisationRule(kind="percentile", low=99.5, high=0.5)

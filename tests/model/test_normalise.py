@@ -69,7 +69,15 @@ def test_plan_normalises_as_the_device_does() -> None:
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match="whole volume"):
         normalise_for(plan, "MR", values)
-    mr = (1.0, 0.0, 10.0, 900.0, 300.0, 150.0, 0.0)
+    mr = (
+        7.0,
+        5.0,
+        10.0,
+        900.0,
+        300.0,
+        150.0,
+        0.0,
+    )  # slope and intercept are of stored values, not of real ones
     np.testing.assert_allclose(normalise_for(plan, "MR", np.array([450.0]), mr), [1.0])
     with pytest.raises(UserError, match="US"):
         normalise_for(plan, "US", values)
@@ -78,3 +86,21 @@ def test_plan_normalises_as_the_device_does() -> None:
 def test_wrong_shape_of_norm() -> None:
     with pytest.raises(ValueError, match=r"\(2, 7\)"):
         normalise(torch.zeros(2, 4), torch.zeros(3, 7))
+
+
+def test_the_plans_defaults_are_what_the_shards_are_built_with() -> None:
+    from data_pipeline import intensity
+    from model.plan import DEFAULT_NORMALISATION as RULES
+
+    ct, pt = RULES["CT"], RULES["PT"]
+    assert (ct.low, ct.high) == intensity.CT_RANGE
+    assert (ct.center, ct.scale, ct.compress) == (intensity.CT_CENTER, intensity.CT_SCALE, 0)
+    assert (pt.low, pt.high) == intensity.SUV_RANGE
+    assert (pt.center, pt.scale, pt.compress) == (
+        intensity.SUV_CENTER,
+        intensity.SUV_SCALE,
+        intensity.SUV_COMPRESS,
+    )
+    for modality in ("MR", "XR"):
+        assert RULES[modality].kind == "percentile"
+        assert (RULES[modality].low, RULES[modality].high) == intensity.PERCENTILES
