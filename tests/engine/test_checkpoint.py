@@ -66,7 +66,9 @@ def run(tmp_path: Path, world: World) -> Path:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 11), max_size=4), st.lists(st.integers(1, 11), max_size=4))
-def test_any_layout_reads_any_other(tmp_path_factory: pytest.TempPathFactory, a: list[int], b: list[int]) -> None:
+def test_any_layout_reads_any_other(
+    tmp_path_factory: pytest.TempPathFactory, a: list[int], b: list[int]
+) -> None:
     folder = tmp_path_factory.mktemp("cut")
     edges = [0, *sorted(set(a)), 12]
     for rank, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):

@@ -87,7 +87,9 @@ class ToyTask:
     def batch(self, update: int, group: int | None) -> dict[str, Tensor]:
         out = {"ct": torch.zeros(0, WIDTH), "mr": torch.zeros(0, WIDTH), "poison": torch.zeros(())}
         if group is not None:
-            draws = np.random.Generator(np.random.Philox(key=[update, group])).standard_normal((PER_GROUP, WIDTH))
+            draws = np.random.Generator(np.random.Philox(key=[update, group])).standard_normal(
+                (PER_GROUP, WIDTH)
+            )
             out["ct" if (group + update) % 2 else "mr"] = torch.from_numpy(draws).float()
         if group == 0 and update in self.the_recipe.nan_at:
             out["poison"] = torch.tensor(float("nan"))

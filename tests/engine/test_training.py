@@ -1,0 +1,286 @@
+"""Real worker processes on gloo: ZeRO stages, precisions, kills, signals, changes of layout.
+
+Importing DeepSpeed takes seconds, so a launch does several runs one after the other; the launches are made once and
+each test looks at one thing in what they left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from toy_worker import GROUPS, ToyRecipe, ToyTask
+
+from engine.errors import UserError
+from engine.recipe import EngineConfig
+from engine.schedule import learning_rate, set_learning_rate
+from engine.train import train
+from engine.verdict import read_verdict
+from launch.local import run_local
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+UPDATES = 8
+ENV = {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
+COMMON = ["--engine.updates", str(UPDATES), "--engine.lr", "0.01", "--engine.warmup", "2", "--engine.clip", "0.3",
+          "--engine.log_every", "1", "--engine.checkpoint_every", "2", "--engine.device", "cpu", "--engine.hang_minutes", "3"]  # fmt: skip
+
+
+def words(run: Path, stage: int, precision: str = "fp32", *more: str) -> list[str]:
+    return [
+        "--run",
+        str(run),
+        "--engine.zero_stage",
+        str(stage),
+        "--engine.precision",
+        precision,
+        *COMMON,
+        *more,
+    ]
+
+
+def launch(runs: Sequence[list[str]], processes: int) -> None:
+    """Do several runs in one launch; each says in its verdict how it ended."""
+    command = [sys.executable, "-m", "launch.elastic", "--standalone", "--nproc-per-node", str(processes)]
+    command = command if processes > 1 else [sys.executable]
+    subprocess.run(
+        [*command, str(HERE / "toy_worker.py"), "batch", json.dumps(runs)],
+        env={**os.environ, **ENV}, timeout=150, cwd=HERE, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["update"]: row["loss"] for row in rows if "loss" in row}
+
+
+def weights(run: Path, update: int = UPDATES) -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / f"update-{update:08d}" / "encoder.safetensors")
+
+
+def rank_files(run: Path) -> dict[str, Tensor]:
+    """Masters and moments of every rank of the last checkpoint."""
+    files = sorted((run / "checkpoints" / f"update-{UPDATES:08d}").glob("rank-*.safetensors"))
+    return {f"{file.stem}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def plain_loop(nan_at: tuple[int, ...] = ()) -> tuple[list[float], dict[str, Tensor]]:
+    """The same training written out in plain PyTorch: one process, no DeepSpeed, skipped positions left out."""
+    recipe = ToyRecipe()
+    config = EngineConfig(updates=UPDATES, lr=0.01, warmup=2, clip=0.3, precision="fp32")
+    task = ToyTask(recipe, Path())
+    adam = torch.optim.AdamW(
+        task.optimizer_groups(), lr=1.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    seen, position = [], 0
+    for update in range(UPDATES):
+        position += position in nan_at
+        set_learning_rate(adam.param_groups, learning_rate(update, config))
+        adam.zero_grad()
+        loss = torch.stack([task.model(task.batch(position, g))[0] for g in range(GROUPS)]).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.clip)
+        adam.step()
+        seen.append(loss.item())
+        position += 1
+    return seen, {n: t.clone() for n, t in task.model.state_dict().items()}
+
+
+MATRIX = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+NAN = ("--nan_at", "[3]")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    stop = ("--die_with", "SIGTERM", "--die_at")
+    launch(
+        [
+            *(words(root / f"two-{s}-{p}", s, p, *NAN, "--engine.evaluate_every", "3") for s, p in MATRIX),
+            *(words(root / f"quiet-{s}", s, "fp32", *NAN) for s in (1, 3)),
+            *(words(root / f"move-{s}", s, "fp32", *stop, "3") for s in range(4)),
+            words(root / "frozen", 3, "fp32", "--frozen_part", *stop, "4"),
+            words(root / "frozen", 1, "fp32", "--frozen_part"),
+        ],
+        processes=2,
+    )
+    for s in range(4):
+        (root / f"move-{s}" / "died").unlink()
+    launch(
+        [
+            *(words(root / f"one-{s}-fp32", s, "fp32", *NAN) for s in range(4)),
+            words(root / "one-1-bf16", 1, "bf16", *NAN, "--engine.activation_checkpointing"),
+            *(words(root / f"move-{s}", (s + 1) % 4, "fp32", *stop, "6") for s in range(4)),
+        ],
+        processes=1,
+    )
+    launch([words(root / f"move-{s}", (s + 2) % 4, "fp32") for s in range(4)], processes=2)
+    return root
+
+
+@pytest.mark.parametrize(("stage", "precision"), MATRIX)
+def test_two_ranks_train_at_every_stage_and_skip_nan(runs: Path, stage: int, precision: str) -> None:
+    run = runs / f"two-{stage}-{precision}"
+    assert (verdict := read_verdict(run)) is not None
+    assert (verdict.state, verdict.update, verdict.attempt) == ("finished", UPDATES, 1)
+    truth, _ = plain_loop(nan_at=(3,))
+    tolerance = 1e-5 if precision == "fp32" else 1e-2
+    assert list(losses(run).values()) == pytest.approx(truth, rel=tolerance)
+    state = json.loads((run / "checkpoints" / f"update-{UPDATES:08d}" / "state.json").read_text())
+    assert (state["update"], state["position"], state["skipped"]) == (UPDATES, UPDATES + 1, 1)
+
+
+def test_weights_are_those_of_a_plain_loop(runs: Path) -> None:
+    _, truth = plain_loop(nan_at=(3,))
+    for name in [*(f"two-{s}-fp32" for s in range(4)), *(f"one-{s}-fp32" for s in range(4))]:
+        torch.testing.assert_close(weights(runs / name), truth, rtol=2e-5, atol=2e-6)
+
+
+def test_losses_do_not_depend_on_world_or_stage_in_bf16(runs: Path) -> None:
+    reference = losses(runs / "one-1-bf16")
+    for stage in range(4):
+        assert losses(runs / f"two-{stage}-bf16") == pytest.approx(reference, rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_evaluation_changes_nothing(runs: Path, stage: int) -> None:
+    assert same_bits(rank_files(runs / f"two-{stage}-fp32"), rank_files(runs / f"quiet-{stage}"))
+    rows = [
+        json.loads(line) for line in (runs / f"two-{stage}-fp32" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["update"] for row in rows if "evaluate/loss" in row] == [3, 6, 8]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_to_one_to_two_processes_and_another_stage_each_time(runs: Path, stage: int) -> None:
+    run = runs / f"move-{stage}"
+    assert (verdict := read_verdict(run)) is not None
+    assert (verdict.state, verdict.attempt) == ("finished", 3)
+    truth, final = plain_loop()
+    assert list(losses(run).values()) == pytest.approx(truth, rel=1e-5)
+    torch.testing.assert_close(weights(run), final, rtol=2e-5, atol=2e-6)
+
+
+def test_frozen_parameters_and_buffers_survive_a_change_of_layout(runs: Path) -> None:
+    start = ToyTask(ToyRecipe(), Path()).model.state_dict()
+    end = weights(runs / "frozen")
+    assert end.keys() == start.keys()
+    assert torch.equal(end["stems.mr.weight"], start["stems.mr.weight"])
+    assert not torch.equal(end["stems.ct.weight"], start["stems.ct.weight"])
+
+
+def test_metrics_of_ranks_that_saw_different_kinds_are_whole(runs: Path) -> None:
+    rows = [json.loads(line) for line in (runs / "two-1-fp32" / "metrics.jsonl").read_text().splitlines()]
+    for row in (r for r in rows if "loss/ct" in r and r["update"] != 4):
+        ct = 2 if row["data/position"] % 2 else 4  # groups 0 and 2, or group 1 alone, are MR by turns
+        whole = (row["loss/ct"] * ct + row["loss/mr"] * (6 - ct)) / 6
+        assert row["loss"] == pytest.approx(whole, rel=1e-4) or row["loss"] == pytest.approx(
+            (row["loss/ct"] * (6 - ct) + row["loss/mr"] * ct) / 6, rel=1e-4
+        )
+
+
+def test_a_changed_recipe_is_refused_and_a_segment_accepts_it(runs: Path) -> None:
+    run = runs / "one-1-fp32"
+    config = EngineConfig(updates=UPDATES, lr=0.02, warmup=2, clip=0.3, precision="fp32", device="cpu")
+    recipe = ToyRecipe(engine=config, nan_at=(3,))
+    with pytest.raises(UserError, match=r"engine\.lr: 0\.01 -> 0\.02.*--continue-as") as caught:
+        train(ToyTask(recipe, run), config, run)
+    assert "\n" not in str(caught.value)
+    assert train(ToyTask(recipe, run), config, run, continue_as="hotter").state == "finished"
+
+
+def test_another_architecture_is_one_line(runs: Path) -> None:
+    run = runs / "one-2-fp32"
+    config = EngineConfig(updates=UPDATES, lr=0.01, warmup=2, clip=0.3, precision="fp32", device="cpu")
+    recipe = ToyRecipe(engine=config, nan_at=(3,), hidden=8)
+    with pytest.raises(UserError, match=r"another architecture.*\(7, 12\) there, \(8, 12\) here") as caught:
+        train(ToyTask(recipe, run), config, run, continue_as="wider")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigkill_and_restart_give_the_same_bits(tmp_path: Path, processes: int) -> None:
+    """The launcher starts the killed run again; its weights and moments equal those of a run that was not killed."""
+    base = ["--engine.precision", "bf16", *COMMON]
+    killed, calm = tmp_path / "killed", tmp_path / "calm"
+    code = run_local("toy_worker", None, [*base, "--die_at", "5"], processes, run=killed, env=ENV, restarts=1)
+    assert code == 0
+    assert run_local("toy_worker", None, base, processes, run=calm, env=ENV) == 0
+    assert (verdict := read_verdict(killed)) is not None
+    assert verdict.attempt == 2
+    assert same_bits(rank_files(killed), rank_files(calm))
+
+
+def test_a_killed_run_that_may_not_restart_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*COMMON, "--die_at", "1"]
+    assert run_local("toy_worker", None, words, 1, run=tmp_path, env=ENV) == 3
+    assert "without a word" in capsys.readouterr().err
+    assert (verdict := read_verdict(tmp_path)) is not None
+    assert verdict.state == "failed"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_wrong_recipe_is_one_line_and_exit_code_2(
+    tmp_path: Path, processes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = run_local("toy_worker", None, ["--engine.updats", "3"], processes, run=tmp_path, env=ENV)
+    assert code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert "did you mean `engine.updates`?" in lines[0]
+
+
+def start_launcher(run: Path, *more: str) -> subprocess.Popen[bytes]:
+    arguments = [*COMMON, "--engine.updates", "100000", "--sleep", "0.05", *more]
+    code = (
+        "import sys; from launch.local import run_local; "
+        f"sys.exit(run_local('toy_worker', None, {arguments!r}, 2, run={str(run)!r}, env={ENV!r}))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, **ENV}, stdout=subprocess.DEVNULL
+    )
+
+
+def wait_for(what: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+def test_sigterm_to_the_launcher_saves_and_a_kill_of_it_leaves_no_worker(tmp_path: Path) -> None:
+    launcher = start_launcher(tmp_path)
+    wait_for(lambda: list((tmp_path / "checkpoints").glob("update-*")))
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) == 75
+    assert (verdict := read_verdict(tmp_path)) is not None
+    assert verdict.state == "preempted"
+    assert (tmp_path / "checkpoints" / f"update-{verdict.update:08d}" / "complete.json").is_file()
+
+    launcher = start_launcher(tmp_path)
+    newer = f"update-{verdict.update + 4:08d}"
+    wait_for(lambda: any(p.name >= newer for p in (tmp_path / "checkpoints").glob("update-*")))
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(family) >= 3
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
