@@ -58,7 +58,7 @@ class HeldOut:
         dtype: str,
     ) -> None:
         self.manifest, self.config, self.objective = manifest, config, objective
-        held_out = held_out_mixture(mixture, manifest, rows, config.groups)
+        held_out = held_out_mixture(mixture, manifest, rows)
         self.order = Order(manifest, rows, tokens, held_out, config.seed)
         self.collate = Collate(
             self.order.composition, objective, depth, config.seed, augment=False, dtype=dtype
@@ -132,16 +132,13 @@ class HeldOut:
                 self.pictures.append(picture_of(name, block, result, slot, modality, self.objective.norm_pix))
 
 
-def held_out_mixture(
-    mixture: MixtureConfig, manifest: Manifest, rows: np.ndarray, groups: int | None
-) -> MixtureConfig:
+def held_out_mixture(mixture: MixtureConfig, manifest: Manifest, rows: np.ndarray) -> MixtureConfig:
     """The training mixture without preference for labelled voxels and without sources that `rows` lack."""
     weights = mixture.weights
     if weights is not None:
         there = set(manifest.column(mixture.by)[rows])
         weights = {name: weight for name, weight in weights.items() if name in there}
-    changes = {"foreground": 0.0, "weights": weights, "groups": groups or mixture.groups}
-    return mixture.model_copy(update=changes)
+    return mixture.model_copy(update={"foreground": 0.0, "weights": weights})
 
 
 class Line(NamedTuple):

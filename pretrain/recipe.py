@@ -75,8 +75,7 @@ class ObjectiveConfig(Frozen):
 class EvaluationConfig(Frozen):
     """Held-out loss and pictures during the run; they change no weight."""
 
-    batches: int = free(4, "batches scored", ge=1)
-    groups: int | None = free(None, "groups in such a batch; none: as many as in training", ge=1)
+    batches: int = free(4, "batches scored, each as large as one in training", ge=1)
     seed: int = free(20_000, "seed of the held-out crops and masks", ge=0)
     pictures: int = free(1, "pictures of each modality", ge=0)
 
