@@ -1,10 +1,10 @@
 """From prompts to a mask on an image of any size.
 
 An image that fits the head's window (or little more) is one window, as in training. In a larger one a
-window is laid around the newest prompt; where the mask runs into a side of the window that is not a side of
-the image, the view is widened (2x, then 4x coarser), and what the coarse view changed is then refined at
-full resolution, window by window, with the coarse logits as the previous prediction. The image half of each
-window is kept in a bounded cache, so a click costs the prompt half.
+window is laid around the newest prompt; where its change of the mask runs into a side of the window that is
+not a side of the image, the view is widened (2x, then 4x coarser), and what the coarse view changed is then
+refined at full resolution, window by window, with the coarse logits as the previous prediction. The image
+half of each window is kept in a bounded cache, so a click costs the prompt half.
 """
 
 from __future__ import annotations
@@ -108,15 +108,16 @@ class Predictor:
             view = self._view(focus, zoom)
             if extent is not None and zoom < ZOOMS[-1] and not self._holds(view, *extent):
                 continue
-            logits, iou = self._look(view, prompts, None if first else self._seen(view))
-            if zoom == ZOOMS[-1] or not self._runs_out(view, logits):
+            seen = self._seen(view)
+            logits, iou = self._look(view, prompts, None if first else seen)
+            if zoom == ZOOMS[-1] or not self._runs_out(view, (logits > 0) != (seen > 0)):
                 break
         self.iou = iou
         if max(view.zoom) == 1:
             undo.append(self._paste(view, logits))
         else:
             undo.append(self._paste(view, self._enlarge(view, logits)))
-            undo += self._refine(view, prompts)
+            undo += self._refine(undo[0], prompts)
         self.started = True
         return undo
 
@@ -175,15 +176,14 @@ class Predictor:
             o <= a and b < o + s * k for o, s, k, a, b in zip(view.origin, view.shape, view.zoom, low, high)
         )
 
-    def _runs_out(self, view: View, logits: np.ndarray) -> bool:
-        """Whether the mask touches a side of the view beyond which the image goes on."""
-        mask = logits > 0
+    def _runs_out(self, view: View, changed: np.ndarray) -> bool:
+        """Whether the change of the mask touches a side of the view beyond which the image goes on."""
         for axis in range(3):
             length = view.shape[axis]
-            if view.origin[axis] > 0 and mask.take(0, axis).any():
+            if view.origin[axis] > 0 and changed.take(0, axis).any():
                 return True
             end = view.origin[axis] + length * view.zoom[axis]
-            if end < self.shape[axis] and mask.take(length - 1, axis).any():
+            if end < self.shape[axis] and changed.take(length - 1, axis).any():
                 return True
         return False
 
@@ -270,29 +270,34 @@ class Predictor:
         self.logits[box] = logits[tuple(slice(0, b.stop - b.start) for b in box)]
         return Patch(box, before)
 
-    def _refine(self, coarse: View, prompts: PromptList) -> list[Patch]:
-        """Full-resolution windows over the surface of the mask inside a coarse view, the coarse logits
-        going before."""
-        box = self._box(coarse)
-        mask = self.logits[box] > 0
-        if not mask.any():
+    def _refine(self, coarse: Patch, prompts: PromptList) -> list[Patch]:
+        """Full-resolution windows over what a coarse view changed, its logits going before.
+
+        Windows without any surface of the mask are left as they are.
+        """
+        box = coarse.box
+        changed = (self.logits[box] > 0) != (coarse.before > 0)
+        if not changed.any():
             return []
         window = self._view([(n - 1) / 2 for n in self.shape], 1).shape
-        found = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
         starts = []
         for axis in range(3):
-            low, high = int(found[axis][0]) + box[axis].start, int(found[axis][-1]) + box[axis].start + 1
+            found = np.flatnonzero(changed.any(axis=tuple(a for a in range(3) if a != axis)))
             # A margin of an eighth of a window, so that the surface is not seen at a window's edge.
             margin = window[axis] // 8
-            low, high = max(low - margin, 0), min(high + margin, self.shape[axis])
+            low = max(int(found[0]) + box[axis].start - margin, 0)
+            high = min(int(found[-1]) + 1 + box[axis].start + margin, self.shape[axis])
             count = max(1, -(-(high - low) // window[axis]))
             starts.append([low + (high - low - window[axis]) * i // max(count - 1, 1) for i in range(count)])
         undo = []
         for corner in itertools.product(*starts):
-            middle = [c + (w - 1) / 2 for c, w in zip(corner, window)]
-            view = self._view(middle, 1)
+            view = self._view([c + (w - 1) / 2 for c, w in zip(corner, window)], 1)
+            within = tuple(
+                slice(max(v.start - b.start, 0), max(v.stop - b.start, 0))
+                for v, b in zip(self._box(view), box)
+            )
             seen = self._seen(view)
-            if not (seen > 0).any() or (seen > 0).all():
+            if not changed[within].any() or not (seen > 0).any() or (seen > 0).all():
                 continue
             logits, _ = self._look(view, prompts, seen)
             undo.append(self._paste(view, logits))

@@ -54,7 +54,7 @@ def run(rule, clicks=5):
     image, truths, known = two_objects()
     predictor = Predictor(Answers(rule), image, (1.0, 1.0, 1.0), precision="fp32")
     about = {"image": "i", "subject": "s", "set_image_ms": 0.0}
-    objects = evaluate._image(predictor, truths, known, about, clicks, True, True, 1.0)
+    objects = evaluate._image(predictor, truths, known, about, clicks, False, True, 1.0)
     return {o["object"]: o for o in objects}, evaluate._means(objects, clicks)
 
 

@@ -45,8 +45,8 @@ def shards(tmp_path_factory):
         })
     )  # fmt: skip
     out = tmp_path_factory.mktemp("shards") / "balls"
-    build([SourceConfig(path=root, modality="MR", label_origin="human")], out, split={"train": 0.7, "val": 0.1, "test": 0.2},
-          progress=False)  # fmt: skip
+    source = SourceConfig(path=root, modality="MR", label_origin="human")
+    build([source], out, split={"train": 0.7, "val": 0.1, "test": 0.2}, progress=False)
     return out
 
 

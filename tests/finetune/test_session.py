@@ -220,6 +220,10 @@ def test_an_object_larger_than_the_window_is_found_whole(shape):
     wrong = (predictor.logits > 0) != (truth > 0)
     assert wrong.mean() < 0.02
     assert len(predictor._features) <= 3
+    looks = len(net.shapes)
+    more = PromptList([((0.0, 0.0, 0.0), -1)])
+    predictor.predict(PromptList(said.clicks + more.clicks), more)
+    assert len(net.shapes) <= looks + 1  # nothing changed, so nothing is looked at but the click's own window
     assert max(np.prod(s) for s in net.shapes) <= 2.1 * 24**3 if shape[0] > 1 else True
 
 
