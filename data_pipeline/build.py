@@ -7,7 +7,6 @@ call.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -355,9 +354,7 @@ def _fresh_folder(path: Path) -> Iterator[Path]:
         yield path
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(f"{path} cannot be written: {error.strerror}; give another --out") from error
-        raise
+        raise UserError(f"{error.filename or path}: {error.strerror or error}; nothing was built") from error
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise

@@ -90,7 +90,20 @@ def prepare(job: Job, settings: Settings) -> Outcome:
                     outcome.refusals.append(Refusal(error.code, error.detail, str(error), "label"))
             outcome.samples.append(_stage(job, n, volume, label, settings))
     except Quarantined as error:
-        outcome.refusals.append(Refusal(error.code, error.detail, str(error), "image"))
+        message = str(error.at(job.case.images[0]))
+        outcome.refusals.append(Refusal(error.code, error.detail, message, "image"))
+    except (UserError, OSError, MemoryError):
+        raise  # a mistake in the recipe or trouble of this machine, not of the file
+    except (
+        Exception
+    ) as error:  # one strange file among thousands is refused by name, never the end of the build
+        message = f"{job.case.images[0]}: {type(error).__name__}: {error}"
+        outcome.refusals.append(Refusal("unreadable", type(error).__name__, message, "image"))
+    if any(refusal.what == "image" for refusal in outcome.refusals):
+        for sample in outcome.samples:  # an earlier frame of a file of which a later one is refused
+            for path in sample.frames.values():
+                path.unlink()
+        outcome.samples.clear()
     return outcome
 
 

@@ -96,44 +96,39 @@ def quantise(
 
 
 def _quantise_channel(values: np.ndarray, bad: np.ndarray, out: np.ndarray) -> tuple[float, float, float]:
-    """Fill `out` with int16 so that `out * step + start` gives `values`; return (step, start, largest
-    error).
+    """Fill `out` (z, y, x) so that `out * step + start` gives `values`; return (step, start, largest error).
+
+    Planes are converted one at a time, so that no copy of a large volume in a wide dtype is made.
     """
-    whole = not bad.any()
-    good = values.ravel() if whole else values[~bad]
+    good = values[~bad] if bad.any() else values.ravel()
     if not good.size:
         out[...] = 0
         return 1.0, 0.0, 0.0
     low, high = good.min(), good.max()
     if float(high) - float(low) <= HIGHEST - LOWEST and _all_integers(good):
-        fits = low >= LOWEST and high <= HIGHEST
-        shift = 0 if fits else int(low) - LOWEST
-        clean = values if whole else np.where(bad, low, values)
-        np.copyto(
-            out,
-            clean - shift if clean.dtype.kind == "f" else clean.astype(np.int64) - shift,
-            casting="unsafe",
-        )
+        shift = 0 if low >= LOWEST and high <= HIGHEST else int(low) - LOWEST
+        for plane, wrong, target in zip(values, bad, out):
+            clean = np.where(wrong, low, plane)
+            target[...] = clean if shift == 0 else clean.astype(np.int64) - shift
         return 1.0, float(shift), 0.0
     step = (float(high) - float(low)) / (HIGHEST - LOWEST)
-    if step == 0.0:  # one value, or values closer than float64 can divide
+    if step == 0.0:  # values closer than float64 can divide
         out[...] = 0
         return 1.0, float(low), float(high) - float(low)
-    error = step / 2
     lattice = _lattice(good)
-    if lattice is not None and lattice[2] < error:
+    if lattice is not None and lattice[2] < step / 2:
         step, start, error = lattice
         first, last = (round((float(end) - start) / step) for end in (low, high))
         offset = 0 if first >= LOWEST and last <= HIGHEST else first - LOWEST
     else:
-        lattice, start, offset = None, float(low), -LOWEST
-    clean = values if whole else np.where(bad, low, values)
-    steps = np.rint((clean.astype(np.float64) - start) / step) - offset
-    np.clip(steps, LOWEST, HIGHEST, out=out, casting="unsafe")
-    start += offset * step
-    if lattice is None:
-        error = float(np.abs(out * np.float64(step) + start - clean).max())
-    return step, start, error
+        lattice, start, offset, error = None, float(low), -LOWEST, 0.0
+    for plane, wrong, target in zip(values, bad, out):
+        clean = np.where(wrong, low, plane).astype(np.float64)
+        target[...] = np.clip(np.rint((clean - start) / step) - offset, LOWEST, HIGHEST)
+        if lattice is None:
+            rebuilt = target * np.float64(step) + (start + offset * step)
+            error = max(error, float(np.abs(rebuilt - clean).max()))
+    return step, start + offset * step, error
 
 
 def _all_integers(values: np.ndarray) -> bool:

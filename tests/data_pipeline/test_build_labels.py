@@ -193,6 +193,29 @@ def test_stated_splits_win_and_take_the_subject_along(tmp_path: Path) -> None:
     assert report.notes["subjects stated in several splits"] == 1
 
 
+def test_one_strange_file_does_not_end_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_pipeline import sample
+
+    for n in range(3):
+        write_nifti(tmp_path / "in" / f"p{n}.nii.gz", phantom(n))
+    read_case = sample.read_case
+
+    def strange(case: Case, *rest: Any) -> list[Volume]:
+        if case.name == "p1":
+            raise RuntimeError(f"a decoder's own words on {case.images[0]}")
+        return read_case(case, *rest)
+
+    monkeypatch.setattr(sample, "read_case", strange)
+    report = build(
+        [SourceConfig(path=tmp_path / "in", name="a", modality="CT")], tmp_path / "o", progress=False
+    )
+    assert (report.samples, report.quarantined) == (2, {"unreadable": 1})
+    [line] = (report.out / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["detail"] == "RuntimeError"
+    assert "own words" not in line
+    assert "own words" in (report.private / "index.jsonl").read_text()
+
+
 def test_a_radiograph_with_a_header_needs_an_answer_too(tmp_path: Path) -> None:
     write_nifti(tmp_path / "in" / "chest.nii.gz", phantom(0)[:, :, 5:6])
     source = SourceConfig(path=tmp_path / "in", name="a", modality="XR")
