@@ -1,10 +1,11 @@
-"""The order: which sample comes i-th and which crop is cut from it, a pure function of (manifest, mixture,
-seed, i).
+"""Which sample comes i-th and which crop is cut from it: a pure function of (manifest, mixture, seed, i).
 
 A batch is `groups` groups; a group is the smallest unit a rank can take and has a constant composition:
-`RowSpec.rows` rows of `RowSpec.k` crops for each geometry and row class. Group g of every update forms lane
-g, which has its own samples. Nothing here knows of ranks, workers or history, so a resume is one integer and
-every split of the work gives the same sequence.
+`RowSpec.rows` rows of `RowSpec.k` crops for each stratum, a geometry and row class. Group g of every update
+forms lane g, which has its own samples. In each stratum of a lane, every prefix holds each source less than one
+crop from its share; over all strata the error is below one for each stratum that the source shares with another.
+Nothing here knows of ranks, workers or history, so a resume is one integer and every split of the work gives
+the same sequence.
 """
 
 from __future__ import annotations
@@ -119,10 +120,7 @@ class Order:
         self.left_out = int(len(rows) - kept.sum())
         rows, source = rows[kept], source[kept]
 
-        self._shape = manifest.column("shape")
-        self._spacing = manifest.column("spacing")
-        self._axes = manifest.column("axes")
-        self._levels = _level_columns(manifest)
+        self._map_columns()
         kind = _kinds(manifest, rows)
         counted = self._row_classes(rows, kind)
         strata, stratum = np.unique(kind * 1024 + counted, return_inverse=True)
@@ -150,11 +148,19 @@ class Order:
         self._lane = lru_cache(maxsize=None)(self._lane_schedule)
         self._cells = self._deal(rows, source, stratum)
 
+    def _map_columns(self) -> None:
+        self._shape = self.manifest.column("shape")
+        self._spacing = self.manifest.column("spacing")
+        self._axes = self.manifest.column("axes")
+        self._levels = _level_columns(self.manifest)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lane"}
+        mapped = {"_lane", "_shape", "_spacing", "_axes", "_levels"}
+        return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._map_columns()
         self._lane = lru_cache(maxsize=None)(self._lane_schedule)
 
     @property

@@ -112,7 +112,7 @@ def describe(manifest: Columns, order: Order, *, nodes: int = 1, updates: int = 
             f"simulated: {s.updates} updates, {s.crops} crops on {s.nodes} node{'s' if s.nodes > 1 else ''}; "
             f"{s.unseen:.1%} of the samples not yet drawn",
             f"  shards: a node fetches {fetched} of {s.shards} and reads {s.working:.1f} in ten updates",
-            f"  mixing: {s.in_batch_repeats:.1%} of crops share a volume with another of a batch; of a source's "
-            f"pairs {s.same_shard:.2%} share a shard (perfect shuffle: {s.same_shard_shuffled:.2%})",
+            f"  mixing: {s.in_batch_repeats:.1%} of crops share a volume with one of their batch;"
+            f" {s.same_shard:.2%} of a source's pairs share a shard (shuffled: {s.same_shard_shuffled:.2%})",
         ]
     )

@@ -66,6 +66,7 @@ def test_levels_leave_the_thick_axis_alone() -> None:
     assert level_factors("planar", (0, 1, 2)) == ((1, 1, 1), (1, 2, 2), (1, 4, 4))
 
 
+@settings(deadline=None)
 @given(needs, st.integers(1, 5000))
 def test_a_grid_fits_and_nothing_could_be_added(need: tuple[int, int, int], capacity: int) -> None:
     grid = fit_grid(need, capacity)
@@ -83,6 +84,7 @@ def test_grids_are_cubic_and_short_axes_leave_room() -> None:
     assert fit_grid((5, 7, 5), 256) == (5, 7, 5)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10000), st.integers(1, 4096))
 def test_the_row_class_has_room_and_no_larger_one_has(tokens: int, slots: int) -> None:
     classes = (1, 2, 4, 8, 16)
@@ -91,6 +93,7 @@ def test_the_row_class_has_room_and_no_larger_one_has(tokens: int, slots: int) -
     assert all(slots // larger < tokens for larger in classes if larger > k)
 
 
+@settings(deadline=None)
 @given(
     st.tuples(*[st.integers(1, 1500)] * 3),
     st.sampled_from(list(PATCH)),

@@ -16,6 +16,7 @@ from data_pipeline.schedule import compose, lane_table, largest_remainder, sourc
 shares = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(shares, st.integers(0, 3), st.integers(0, 500))
 def test_largest_remainder_sums_and_leaves_nobody_out(weights: list[float], least: int, extra: int) -> None:
     total = least * len(weights) + extra

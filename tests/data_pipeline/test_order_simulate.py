@@ -69,7 +69,7 @@ def test_the_description_names_every_figure(grid: tuple[Grid, Order]) -> None:
     text = describe(*grid, nodes=2, updates=20)
     assert "a node fetches" in text
     assert "of 80" in text
-    assert "perfect shuffle: 2.50%" in text
+    assert "shuffled: 2.50%" in text
 
 
 def test_no_nodes_is_one_line(grid: tuple[Grid, Order]) -> None:

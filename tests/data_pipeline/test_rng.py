@@ -7,12 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.rng import permutation, rng, uniforms
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63), st.integers(0, 2**63), st.text(max_size=10))
 def test_equal_arguments_give_equal_numbers(seed: int, index: int, purpose: str) -> None:
     assert uniforms(seed, index, purpose, 4) == uniforms(seed, index, purpose, 4)
@@ -41,6 +42,7 @@ def test_numbers_are_pinned_for_good() -> None:
     assert permutation(3, 1, "shards", 8).tolist() == [1, 3, 6, 5, 2, 0, 4, 7]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300))
 def test_permutations_hold_everything_once(n: int) -> None:
     assert sorted(permutation(1, 2, "x", n).tolist()) == list(range(n))
