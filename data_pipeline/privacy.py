@@ -144,11 +144,3 @@ def technical_fields(header: Dataset, notes: Mapping[str, str] | None = None) ->
         years = int(match.group(1))
         found["PatientAge"] = f"{OLDEST}+" if years > OLDEST else str(years)
     return allowed(found)
-
-
-def may_have_burned_in_text(modality: str, provenance: Mapping[str, str]) -> bool:
-    """Whether an image is a radiograph whose header does not say that no text is burned into it.
-
-    Pictures (PNG, JPEG, TIFF) carry no such statement, so each of them may.
-    """
-    return modality == "XR" and provenance.get("BurnedInAnnotation") != "NO"

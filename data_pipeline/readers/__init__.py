@@ -190,8 +190,8 @@ class _Options:
         modalities = [self._modality(raw, n) for n in range(len(frames))]
         units = [self._units(raw, m) for m in modalities]
         affine, source = self._spacing(raw)
-        contiguous = frames == range(len(frames)) or list(frames) == list(range(len(frames)))
-        voxels = raw.frames[: len(frames)] if contiguous else raw.frames[list(frames)]
+        leading = list(frames) == list(range(len(frames)))  # a view then, no copy
+        voxels = raw.frames[: len(frames)] if leading else raw.frames[list(frames)]
         padding = None if raw.padding is None else raw.padding[list(frames)]
         voxels, invalid = _separate_invalid(voxels, padding, modalities, raw.slope, raw.intercept, units)
         provenance = dict(raw.provenance)

@@ -49,6 +49,8 @@ def decode(sources: Sequence[Source], modality: str) -> Pixels:
             if frame is None:
                 whole.clear()
             whole[id(ds)] = _stored(ds)
+            for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"):
+                ds.pop(name, None)
         plane = whole[id(ds)] if frame is None else whole[id(ds)][frame]
         if plane.ndim != 2:
             raise Quarantined("unsupported_layout", "several frames without a place for each")
@@ -94,7 +96,9 @@ def _stored(ds: Dataset) -> np.ndarray:
     if not getattr(ds, "file_meta", None) or "TransferSyntaxUID" not in ds.file_meta:
         raise Quarantined("unreadable", "no transfer syntax: the bytes of the pixels have no known meaning")
     try:
-        array = ds.pixel_array
+        from pydicom.pixels import pixel_array
+
+        array = pixel_array(ds)  # unlike ds.pixel_array, keeps no second copy in the dataset
     except Exception as error:  # each decoder plugin raises its own
         text = str(error).lower()
         short = any(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import intensity
 from data_pipeline.errors import Quarantined
 from data_pipeline.intensity import Norm, _percentile, statistics
 from data_pipeline.volume import Channel, Volume
@@ -47,6 +48,22 @@ def test_integers_and_floats_give_the_same_constants() -> None:
     np.testing.assert_allclose(
         statistics(volume(image, "MR"))[0], statistics(volume(image.astype(np.float32), "MR"))[0], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e5])
+def test_many_floats_are_binned_without_changing_the_constants(
+    monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    image = head(np.random.default_rng(1), np.float32)[0] * np.float32(scale)
+    image[0, 0, 0], image[5, 5, 5] = -300 * scale, 1e6 * scale  # outliers
+    exact = statistics(volume(image, "MR"))[0]
+    monkeypatch.setattr(intensity, "MANY", 1 << 10)
+    binned = statistics(volume(image, "MR"))[0]
+    assert binned != exact
+    np.testing.assert_allclose(binned.apply(image), exact.apply(image), atol=2e-3)
+    flat = np.zeros((30, 30, 30), np.float32)
+    flat[0, 0, 0] = 5
+    assert statistics(volume(flat, "MR"))[0].high == 5
 
 
 def test_constants_follow_real_values_not_stored_ones() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import REASONS, Quarantined, UserError
-from data_pipeline.privacy import NUMBERS, KeyedHash, allowed, may_have_burned_in_text
+from data_pipeline.privacy import NUMBERS, KeyedHash, allowed
 
 
 def test_the_hash_is_hmac_sha256_and_needs_the_key() -> None:
@@ -60,13 +60,6 @@ def test_numbers_and_codes_pass() -> None:
     }
     assert allowed(found) == {k: v for k, v in found.items() if k != "KVPP"}
     assert allowed({"PatientAge": "95"}) == {}
-
-
-def test_radiographs_may_have_burned_in_text_unless_the_header_denies_it() -> None:
-    assert may_have_burned_in_text("XR", {})
-    assert may_have_burned_in_text("XR", {"BurnedInAnnotation": "YES"})
-    assert not may_have_burned_in_text("XR", {"BurnedInAnnotation": "NO"})
-    assert not may_have_burned_in_text("CT", {})
 
 
 def test_refusals_keep_paths_for_the_console_only(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def sitk_of(volume: Volume) -> sitk.Image:
     return image
 
 
-tilts = st.tuples(*[st.floats(-0.3, 0.3)] * 3)
+tilts = st.tuples(*[st.integers(-3000, 3000).map(lambda n: n / 10000)] * 3)
 
 
 @settings(max_examples=150, deadline=None)
