@@ -2,10 +2,10 @@
 
 A batch is `groups` groups; a group is the smallest unit a rank can take and has a constant composition:
 `RowSpec.rows` rows of `RowSpec.k` crops for each stratum, a geometry and row class. Group g of every update
-forms lane g, which has its own samples. In each stratum of a lane, every prefix holds each source less than one
-crop from its share; over all strata the error is below one for each stratum that the source shares with another.
-Nothing here knows of ranks, workers or history, so a resume is one integer and every split of the work gives
-the same sequence.
+forms lane g, which has its own samples. In each stratum of a lane, every prefix holds each source less than
+one crop from its share; over all strata the error is below one for each stratum that the source shares with
+another. Nothing here knows of ranks, workers or history, so a resume is one integer and every split of the
+work gives the same sequence.
 """
 
 from __future__ import annotations
