@@ -134,7 +134,8 @@ def load_state(encoder: Encoder, state: Mapping[str, Tensor]) -> LoadReport:
             if name in state and name not in fitting
         ),
     )
-    encoder.load_state_dict(fitting, strict=False)
+    on_meta = encoder.norm.weight.is_meta  # has no storage to copy into: takes the tensors themselves
+    encoder.load_state_dict(fitting, strict=False, assign=on_meta)
     return report
 
 
@@ -165,7 +166,9 @@ def load_encoder(
         state = inflate_channels(state, channels)
         config = config.model_copy(update={"channels": channels})
         plan = plan.model_copy(update={"architecture": config})
-    encoder = Encoder(config)
+    # drawing random weights only to replace them takes most of a minute for the largest size
+    with torch.device("meta" if strict else "cpu"):
+        encoder = Encoder(config)
     report = load_state(encoder, state)
     if not report.matched or (strict and not report.complete):
         raise UserError(

@@ -99,6 +99,18 @@ def test_bf16_and_device(tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_loaded_encoder_trains(tmp_path: Path, strict: bool) -> None:
+    save_encoder(tmp_path, build())
+    loaded = load_encoder(tmp_path, strict).train()
+    loaded(IMAGE, SPACING)[0].square().mean().backward()
+    gradients = [
+        p.grad for name, p in loaded.named_parameters() if "slab" not in name and "planar" not in name
+    ]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert all(p.is_leaf and p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+
+
 @pytest.mark.parametrize("k", [2, 3])
 def test_k_equal_channels_give_the_single_channels_features(tmp_path: Path, k: int) -> None:
     save_encoder(tmp_path, build())
