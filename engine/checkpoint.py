@@ -1,15 +1,16 @@
 """Checkpoints in our own format: named slices, checked when read, whole or not there.
 
     RUN/checkpoints/update-00000500/
-        rank-00000.safetensors …   what each rank owned: "NAME|master", "NAME|exp_avg", "NAME|exp_avg_sq" as flat
-                                   float32 slices; rank 0 adds "NAME|frozen" and "NAME|buffer", whole
+        rank-00000.safetensors …   what each rank owned: "NAME|master", "NAME|exp_avg", "NAME|exp_avg_sq" as
+                                   flat float32 slices; rank 0 adds "NAME|frozen" and "NAME|buffer", whole
         state.json                 counts, position, schedule, segments, format version, recipe, manifest hash
         encoder.safetensors, …     weights for use, written by the task
         complete.json              size and hash of every other file, written last
 
-The header of a rank file says for every key its global shape, flat element offset and element count. World size, ZeRO stage and
-DeepSpeed version are not in the format: whoever loads reads the ranges it owns, whichever ranks wrote them.
-A folder is filled under a hidden name, flushed, and renamed when complete. Nothing is pickled.
+The header of a rank file says for every key its global shape, flat element offset and element count. World
+size, ZeRO stage and DeepSpeed version are not in the format: whoever loads reads the ranges it owns,
+whichever ranks wrote them. A folder is filled under a hidden name, flushed, and renamed when complete.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def save(
     whole: Mapping[str, Tensor],
     export: Callable[[Mapping[str, Tensor], Path], None],
 ) -> Path:
-    """Write a checkpoint together with all ranks; returns its folder once every rank knows that it is complete.
+    """Write a checkpoint together with all ranks; returns its folder once every rank knows that it is
+    complete.
 
     Args:
         run: run folder, seen by all ranks.
@@ -172,13 +174,14 @@ def newest(run: Path, world: World, warn: Callable[[str], None]) -> Checkpoint |
         warn(f"damaged checkpoint left out: {reasons[-1]}")
     if reasons:
         raise UserError(
-            f"no good checkpoint in {run / 'checkpoints'} ({reasons[0]}); move the folder away to start afresh"
+            f"no good checkpoint in {run / 'checkpoints'} ({reasons[0]}); move it away to start afresh"
         )
     return None
 
 
 def tidy(run: Path) -> None:
-    """Clear what an interrupted save left behind; an old folder that was being replaced gets its name back."""
+    """Clear what an interrupted save left behind; an old folder that was being replaced gets its name
+    back."""
     for left in (run / "checkpoints").glob(".*-update-*"):
         final = left.with_name(left.name.removeprefix(".old-"))
         if left.name.startswith(".old-") and not final.exists():

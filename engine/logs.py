@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from engine.distributed import World
+from engine.verdict import write_text
 
 
 class SilentWriter:
@@ -43,7 +44,7 @@ class Logs:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
-            self._metrics = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
+            self._metrics = _open_metrics(self.run / "metrics.jsonl", self.start)
             self._open_progress()
         return self
 
@@ -76,7 +77,8 @@ class Logs:
             self._progress.update(self._bar, completed=update)
 
     def scalars(self, update: int, values: Mapping[str, float], show: bool = True) -> None:
-        """Scalars of one update to TensorBoard and RUN/metrics.jsonl; `show` puts the main ones on the console."""
+        """Scalars of one update to TensorBoard and RUN/metrics.jsonl; `show` puts the main ones on the
+        console."""
         if self.world.rank != 0 or self._metrics is None:
             return
         for name, value in values.items():
@@ -105,6 +107,21 @@ class Logs:
         self._progress = Progress(*columns, refresh_per_second=2)
         self._bar = self._progress.add_task("updates", total=self.total, completed=self.start, text="")
         self._progress.start()
+
+
+def _open_metrics(path: Path, start: int) -> TextIO:
+    """Open the file for appending without the updates after `start`: a resumed run makes those again."""
+    if path.exists():
+        rows = path.read_text(encoding="utf-8").splitlines()
+        write_text(path, "".join(f"{row}\n" for row in rows if _update_of(row) <= start))
+    return open(path, "a", encoding="utf-8")
+
+
+def _update_of(row: str) -> float:
+    try:
+        return float(json.loads(row)["update"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a kill
 
 
 def _short(values: Mapping[str, float]) -> str:

@@ -22,8 +22,9 @@ BUCKET = (
 class Autocast(nn.Module):
     """The task's model under bfloat16 autocast.
 
-    Weights, gradients and their reduction stay float32 (so results depend little on the world size); matrix products and
-    convolutions run in bfloat16. The models keep norms, positions and losses in float32 themselves.
+    Weights, gradients and their reduction stay float32 (so results depend little on the world size); matrix
+    products and convolutions run in bfloat16. The models keep norms, positions and losses in float32
+    themselves.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, enabled: bool) -> None:
@@ -72,7 +73,8 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
 
 
 def whole_model(engine: Any, stage: int) -> AbstractContextManager[Any]:
-    """Inside, every rank holds every parameter, so that evaluation need not run in step on all ranks (ZeRO 3)."""
+    """Inside, every rank holds every parameter, so that evaluation need not run in step on all ranks (ZeRO
+    3)."""
     if stage < 3:
         return nullcontext()
     context: AbstractContextManager[Any] = import_deepspeed().zero.unwrap_model_for_generation(engine)
@@ -80,7 +82,8 @@ def whole_model(engine: Any, stage: int) -> AbstractContextManager[Any]:
 
 
 def prepare_model(model: nn.Module, config: EngineConfig) -> None:
-    """Switch on activation checkpointing and per-block compilation where the recipe asks and the model can."""
+    """Switch on activation checkpointing and per-block compilation where the recipe asks and the model
+    can."""
     if config.activation_checkpointing and callable(switch := getattr(model, "set_checkpointing", None)):
         switch(True)
     if config.compile:

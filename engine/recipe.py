@@ -1,12 +1,13 @@
 """Recipes: YAML checked by frozen pydantic models.
 
-A recipe is a YAML mapping. `base: other.yaml` (relative to the file that says so) starts from another recipe; mappings are
-merged key by key, everything else is replaced. Any field may be set from the command line as `--encoder.size small`; the
-value is read as YAML and checked by the same model.
+A recipe is a YAML mapping. `base: other.yaml` (relative to the file that says so) starts from another recipe;
+mappings are merged key by key, everything else is replaced. Any field may be set from the command line as
+`--encoder.size small`; the value is read as YAML and checked by the same model.
 
-The command-line part is a small dotted parser instead of `tyro`: a recipe holds unions of models, mappings and lists of models,
-which tyro turns into subcommands or fixed-length options, and it reports a bad value as a box of lines and an exit of its
-own, where a recipe's error is one line that also names the file the value came from.
+The command-line part is a small dotted parser instead of `tyro`: a recipe holds unions of models, mappings
+and lists of models, which tyro turns into subcommands or fixed-length options, and it reports a bad value as
+a box of lines and an exit of its own, where a recipe's error is one line that also names the file the value
+came from.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class Frozen(BaseModel):
 
 
 def free(default: Any, description: str, **bounds: Any) -> Any:
-    """A field that does not change the result (paths, logging, micro-batch, ZeRO stage): a resume may change it."""
+    """A field that does not change the result (paths, logging, micro-batch, ZeRO stage): a resume may change
+    it."""
     return Field(default, description=description, json_schema_extra={"free": True}, **bounds)
 
 
 class EngineConfig(Frozen):
-    """How a model is optimised, saved and logged. Fields made with `free` may differ between a run and its resume."""
+    """How a model is optimised, saved and logged. Fields made with `free` may differ between a run and its
+    resume."""
 
     updates: int = Field(
         1000, ge=1, description="optimizer updates in the whole run; the schedule ends there"
@@ -93,7 +96,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str], schema: type[
         schema: pydantic model of the whole recipe.
 
     Raises:
-        UserError: unreadable file, unknown key (with the nearest right name) or bad value, in one line with its file.
+        UserError: unreadable file, unknown key (with the nearest right name) or bad value, in one line with
+            its file.
     """
     origin: dict[str, str] = {}
     values = _read(Path(path), (), origin) if path is not None else {}
@@ -257,7 +261,8 @@ def _one_line(
 
 
 def _nearest(location: list[str], schema: type[BaseModel]) -> str:
-    """Where the misspelt key most likely belongs: nearest name at its own level, else the nearest anywhere."""
+    """Where the misspelt key most likely belongs: nearest name at its own level, else the nearest
+    anywhere."""
     every = list(_fields(schema))
     parent, wrong = location[:-1], location[-1]
     section = ".".join(p for p in parent if not p.isdigit() and p in {x for e in every for x in e.split(".")})

@@ -10,7 +10,8 @@ from engine.recipe import EngineConfig
 
 
 def learning_rate(update: int, config: EngineConfig) -> float:
-    """Learning rate of update `update` (0-based): linear warm-up, then a half cosine to `min_lr` or a constant.
+    """Learning rate of update `update` (0-based): linear warm-up, then a half cosine to `min_lr` or a
+    constant.
 
     Source: Loshchilov and Hutter, SGDR, ICLR 2017, one cycle without restarts.
     """

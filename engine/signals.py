@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
+LOADER_GRACE = (
+    20.0  # seconds a loader process lives on after SIGTERM, so that the update under way gets its data
+)
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
     """Context that turns SIGTERM, SIGUSR1 and SIGINT into `asked`; a second SIGINT interrupts at once.
 
-    Loader processes forked inside the context inherit a handler that only sets their own flag, so a signal sent to the whole
-    process group does not take the data away from under the save.
+    Loader processes forked inside the context inherit the handler. A signal sent to the whole process group
+    must not take the data away from under the update that ends in the save, so they ignore it, but for
+    SIGTERM only a short while.
     """
 
     def __init__(self) -> None:
         self.name = ""
+        self._owner = os.getpid()
         self._before: dict[signal.Signals, object] = {}
 
     @property
@@ -34,6 +40,11 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            if number == signal.SIGTERM:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, LOADER_GRACE)
+            return
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name

@@ -25,20 +25,23 @@ class Writer(Protocol):
 class Task(Protocol):
     """A model with its data. The engine owns optimisation, precision, sharding, saving and logging.
 
-    `model(batch)` returns `(loss, metrics)`: the loss a 0-d float32 tensor already divided by the count of the *whole* update over
-    all ranks and micro-steps, so that the sum over them is the update's loss; `metrics` maps a name to `(sum, count)`, whose
-    sums over ranks and micro-steps the engine divides and logs. Every parameter takes part in every call (a stem or
-    head without input gets a zero-row tensor), otherwise ranks deadlock at ZeRO 1 to 3. The forward pass runs under bfloat16
-    autocast at precision bf16; parameters and gradients are float32.
+    `model(batch)` returns `(loss, metrics)`: the loss a 0-d float32 tensor already divided by the count of
+    the *whole* update over all ranks and micro-steps, so that the sum over them is the update's loss;
+    `metrics` maps a name to `(sum, count)`, whose sums over ranks and micro-steps the engine divides and
+    logs. Every parameter takes part in every call (a stem or head without input gets a zero-row tensor),
+    otherwise ranks deadlock at ZeRO 1 to 3. The forward pass runs under bfloat16 autocast at precision bf16;
+    parameters and gradients are float32.
 
-    Optional hooks, used when present: `model.set_checkpointing(bool)`, `model.blocks_to_compile() -> Iterable[nn.Module]`.
+    Optional hooks, used when present: `model.set_checkpointing(bool)`, `model.blocks_to_compile() ->
+    Iterable[nn.Module]`.
     """
 
     model: nn.Module
     samples_per_update: int
 
     def batches(self, start_update: int, rank: int, world: int) -> Iterator[Any]:
-        """Endless batches from position `start_update`, `micro_steps(world)` consecutive ones per update, in order."""
+        """Endless batches from position `start_update`, `micro_steps(world)` consecutive ones per update, in
+        order."""
         ...
 
     def micro_steps(self, world: int) -> int:
@@ -54,7 +57,8 @@ class Task(Protocol):
         ...
 
     def evaluate(self, update: int, rank: int, world: int, writer: Writer) -> dict[str, float]:
-        """Called on all ranks with the model in eval mode and gradients off; returns scalars to log (rank 0's are logged)."""
+        """Called on all ranks with the model in eval mode and gradients off; returns scalars to log (rank 0's
+        are logged)."""
         ...
 
     def pictures(self, update: int, rank: int, world: int, writer: Writer) -> None:
@@ -62,9 +66,11 @@ class Task(Protocol):
         ...
 
     def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
-        """Write weights for use (`encoder.safetensors`, `plan.json`, ...) from the float32 CPU state dict; rank 0 only."""
+        """Write weights for use (`encoder.safetensors`, `plan.json`, ...) from the float32 CPU state dict;
+        rank 0 only."""
         ...
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """AdamW parameter groups: `params`, and if wanted `weight_decay` and `lr_scale` (a factor on the schedule)."""
+        """AdamW parameter groups: `params`, and if wanted `weight_decay` and `lr_scale` (a factor on the
+        schedule)."""
         ...

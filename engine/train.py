@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint
+from engine.batches import to_device
 from engine.distributed import World, join, seed_process, untouched_generators
 from engine.errors import UserError
 from engine.logs import Logs
+from engine.metrics import Sums, Window
 from engine.optimizer import whole_model, wrap
 from engine.recipe import EngineConfig, difference, identity_of, save_recipe
 from engine.schedule import learning_rate, set_learning_rate
 from engine.signals import StopRequest
 from engine.task import Task
-from engine.verdict import Verdict, read_attempt, write_text, write_verdict
+from engine.verdict import Verdict, read_attempt, record_failure, write_text, write_verdict
 from engine.watchdog import Watchdog
 from engine.zero_state import Partition
 
@@ -32,10 +34,12 @@ class Progress:
 
     Attributes:
         update: optimizer updates applied; the schedule and the checkpoint names follow it.
-        position: updates' worth of data drawn (the next batch is that of position); ahead of `update` by what was skipped.
+        position: updates' worth of data drawn (the next batch is that of position); ahead of `update` by what
+            was skipped.
         skipped: updates dropped because loss or gradient was not finite.
         bad_in_a_row: how many of those came last.
-        segments: stretches of the run with one recipe and one dataset: name, position, recipe identity, manifest hash.
+        segments: stretches of the run with one recipe and one dataset: name, position, recipe identity,
+            manifest hash.
     """
 
     update: int = 0
@@ -48,8 +52,8 @@ class Progress:
 def train(task: Task, config: EngineConfig, run: Path | str, *, continue_as: str | None = None) -> Verdict:
     """Train until `config.updates`, a signal, or a failure; resumes from RUN if it holds a checkpoint.
 
-    Runs alone or under torchrun, one call per process. All ranks return the same verdict, which rank 0 has also
-    written to RUN/verdict.json.
+    Runs alone or under torchrun, one call per process. All ranks return the same verdict, which rank 0 has
+    also written to RUN/verdict.json.
 
     Args:
         task: model, data, evaluation and export.
@@ -65,7 +69,13 @@ def train(task: Task, config: EngineConfig, run: Path | str, *, continue_as: str
     with StopRequest() as stop:
         attempt = _open_run(run, world)
         with Watchdog(run, config.hang_minutes, attempt) as watchdog:
-            verdict = _train(task, config, run, world, stop, watchdog, attempt, continue_as)
+            try:
+                verdict = _train(task, config, run, world, stop, watchdog, attempt, continue_as)
+            except UserError:
+                raise
+            except Exception as error:
+                record_failure(run, error, watchdog.update)
+                raise
         if world.rank == 0:
             write_verdict(run, verdict)
         world.barrier()
@@ -127,7 +137,7 @@ class _Loop:
         self.progress, self.frozen = progress, frozen
         self.micro_steps = task.micro_steps(world.size)
         self.metric_names: list[str] = []
-        self.window = _Window()
+        self.window = Window()
         self.saved_at: tuple[int, int] | None = (
             (progress.update, progress.position) if progress.position else None
         )
@@ -141,13 +151,9 @@ class _Loop:
             applied, asked = self._update(batches, stop)
             watchdog.beat(progress.update)
             if progress.bad_in_a_row >= config.max_bad_updates:
-                text = f"{progress.bad_in_a_row} updates in a row were not finite, the last at position {progress.position - 1}"
-                return Verdict(
-                    "failed",
-                    progress.update,
-                    self.attempt,
-                    f"{text}; lower engine.lr or look at the data there",
-                )
+                text = f"{progress.bad_in_a_row} updates in a row not finite, last at position {progress.position - 1}"
+                text += "; lower engine.lr or look at the data there"
+                return Verdict("failed", progress.update, self.attempt, text)
             if not applied or asked:
                 continue
             last = progress.update == config.updates
@@ -170,14 +176,14 @@ class _Loop:
         seed_process(config.seed * 1_000_003 + progress.position)
         lr = learning_rate(progress.update, config)
         set_learning_rate(self.partition.adam.param_groups, lr)
-        losses, sums = [], _Sums()
+        losses, sums = [], Sums(world.device)
         for micro_step in range(self.micro_steps):
             self.engine.set_gradient_accumulation_boundary(micro_step == self.micro_steps - 1)
             asked_at = time.perf_counter()
             batch = to_device(next(batches), world.device)
             waited += time.perf_counter() - asked_at
             loss, metrics = self.engine(batch)
-            # DeepSpeed averages over ranks; the loss is a share of the whole update's, so the shares must be summed.
+            # DeepSpeed averages over ranks; the loss is a share of the whole update's: shares are summed.
             self.engine.backward(loss * world.size, scale_wrt_gas=False)
             losses.append(loss.detach())
             sums.add(metrics)
@@ -280,77 +286,6 @@ class _Loop:
         self.logs.event("checkpoint", name=folder.name, seconds=round(time.perf_counter() - began, 3))
 
 
-class _Sums:
-    """Sums and counts of one rank's metrics over the micro-steps of an update, read from the device once."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, list[tuple[Any, Any]]] = {}
-
-    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
-        for name, (value, count) in metrics.items():
-            self.totals.setdefault(name, []).append((value, count))
-
-    def values(self, names: list[str]) -> list[float]:
-        flat = [
-            torch.as_tensor(x).detach().double().cpu().reshape(())
-            for n in names
-            for p in self.totals.get(n, ())
-            for x in p
-        ]
-        numbers = iter(torch.stack(flat).tolist() if flat else [])
-        out: list[float] = []
-        for name in names:
-            pairs = [(next(numbers), next(numbers)) for _ in self.totals.get(name, ())]
-            out += [sum(p[0] for p in pairs), sum(p[1] for p in pairs)]
-        return out
-
-
-class _Window:
-    """What is logged is the mean over the updates since the last log line."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.seconds = self.waited = 0.0
-        self.updates = 0
-        self.metrics: dict[str, list[float]] = {}
-
-    def add(
-        self,
-        loss: float,
-        norm: float,
-        seconds: float,
-        waited: float,
-        metrics: Mapping[str, tuple[float, float]],
-        applied: bool,
-    ) -> None:
-        self.updates += 1
-        self.seconds += seconds
-        self.waited += waited
-        if applied:
-            self.losses.append(loss)
-            self.norms.append(norm)
-            for name, (value, count) in metrics.items():
-                total = self.metrics.setdefault(name, [0.0, 0.0])
-                total[0] += value
-                total[1] += count
-
-    def take(self, samples: int) -> dict[str, float]:
-        seconds = max(self.seconds, 1e-9)
-        values = {"loss": sum(self.losses) / len(self.losses)}
-        values |= {name: s / n for name, (s, n) in sorted(self.metrics.items()) if n > 0}
-        values |= {
-            "optim/grad_norm": sum(self.norms) / len(self.norms),
-            "rate/crops_per_s": self.updates * samples / seconds,
-            "rate/data_wait": self.waited / seconds,
-        }
-        self._reset()
-        return values
-
-
 def _open_run(run: Path, world: World) -> int:
     """Take the next attempt number and clear half-written checkpoints."""
     if world.rank == 0:
@@ -413,25 +348,3 @@ def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch (tensor, mapping, sequence, dataclass, or anything with `.to`); no copy on the CPU."""
-    if device.type == "cpu":
-        return batch
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if callable(move := getattr(batch, "to", None)):
-        return move(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        moved = {
-            f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init
-        }
-        return dataclasses.replace(batch, **moved)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch

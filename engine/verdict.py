@@ -43,7 +43,8 @@ class Verdict:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once, so that a reader finds the old text or the new one, and a crash leaves one of them."""
+    """Replace a small file at once, so that a reader finds the old text or the new one, and a crash leaves
+    one of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with open(scratch, "w", encoding="utf-8") as file:
@@ -91,17 +92,27 @@ def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"medfm: {verdict.message}", file=sys.stderr, flush=True)
     except BaseException as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        verdict = Verdict("out_of_memory" if _out_of_memory(error) else "failed", message=text)
+        verdict = record_failure(run, error)
         traceback.print_exc()
-    if run is not None and (os.environ.get("RANK", "0") == "0" or verdict.kind != "user"):
-        written = read_verdict(run)
-        attempt = read_attempt(run)
-        if written is None or written.attempt < attempt or verdict.kind == "user":
-            write_verdict(
-                run, Verdict(verdict.state, attempt=attempt, message=verdict.message, kind=verdict.kind)
-            )
+        return verdict.exit_code
+    if run is not None and os.environ.get("RANK", "0") == "0":
+        write_verdict(run, Verdict("failed", attempt=read_attempt(run), message=verdict.message, kind="user"))
     return verdict.exit_code
+
+
+def record_failure(run: Path | None, error: BaseException, update: int = 0) -> Verdict:
+    """Write the verdict of an exception, unless this launch has one already: the first failing rank knows the
+    cause."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    attempt = read_attempt(run) if run is not None else 0
+    verdict = Verdict("out_of_memory" if _out_of_memory(error) else "failed", update, attempt, text)
+    if run is None:
+        return verdict
+    written = read_verdict(run)
+    if written is None or written.attempt < attempt:
+        write_verdict(run, verdict)
+        return verdict
+    return written if written.state != "finished" else verdict
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,8 @@ from engine.verdict import EXIT_CODES, Verdict, write_verdict
 
 
 class Watchdog:
-    """A thread that, after `minutes` without a beat, prints every thread's stack, writes the verdict `hung` and ends the process.
+    """A thread that, after `minutes` without a beat, prints every thread's stack, writes the verdict `hung`
+    and ends the process.
 
     Args:
         run: run folder for the verdict.
@@ -43,6 +44,6 @@ class Watchdog:
         while not self._over.wait(min(5.0, self.seconds / 4)):
             if time.monotonic() - self._last > self.seconds:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                text = f"no update for {self.seconds / 60:g} minutes; stacks of this rank are in its error output"
+                text = f"no update for {self.seconds / 60:g} minutes; its stacks are in the error output"
                 write_verdict(self.run, Verdict("hung", self.update, self.attempt, text))
                 os._exit(EXIT_CODES["hung"])

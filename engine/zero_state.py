@@ -1,8 +1,9 @@
 """DeepSpeed's partitions seen as named slices.
 
-Whatever the ZeRO stage, a rank owns some flat ranges of some parameters, with their float32 master and both Adam moments. This file
-is the only one that knows where DeepSpeed keeps them. It also applies an update, or drops it: DeepSpeed judges overflow
-differently at each stage (not at all at stage 0 in float32), so the engine judges once and tells it.
+Whatever the ZeRO stage, a rank owns some flat ranges of some parameters, with their float32 master and both
+Adam moments. This file is the only one that knows where DeepSpeed keeps them. It also applies an update, or
+drops it: DeepSpeed judges overflow differently at each stage (not at all at stage 0 in float32), so the
+engine judges once and tells it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements `offset … offset + numel` of the flattened parameter `name`; the tensors are 1-d views, not copies."""
+    """Elements `offset … offset + numel` of the flattened parameter `name`; the tensors are 1-d views, not
+    copies."""
 
     name: str
     shape: tuple[int, ...]
@@ -70,7 +72,8 @@ class Partition:
             self.adam.state[parameter]["step"].fill_(float(steps))
 
     def _prepare(self) -> None:
-        """Make AdamW's state now instead of at its first step, so that it can be saved and loaded at any time."""
+        """Make AdamW's state now instead of at its first step, so that it can be saved and loaded at any
+        time."""
         fused = any(group.get("fused") or group.get("capturable") for group in self.adam.param_groups)
         for parameter in self.flat_parameters():
             step = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
@@ -154,7 +157,8 @@ class Sharded(Partition):
 
 
 class Scattered(Partition):
-    """Stage 3: every parameter is cut evenly over the ranks, the last parts padded; a rank's parts lie end to end in sub-groups."""
+    """Stage 3: every parameter is cut evenly over the ranks, the last parts padded; a rank's parts lie end to
+    end in sub-groups."""
 
     def flat_parameters(self) -> list[Tensor]:
         return list(self.engine.optimizer.fp32_partitioned_groups_flat)
@@ -183,7 +187,8 @@ class Scattered(Partition):
         self._step(torch.full((), torch.nan, device=self.engine.device))
 
     def _step(self, norm: Tensor) -> None:
-        """DeepSpeed takes the norm it would compute again (two more reductions) from here; NaN makes it drop the update."""
+        """DeepSpeed takes the norm it would compute again (two more reductions) from here; NaN makes it drop
+        the update."""
         zero = self.engine.optimizer
         zero._get_norm_groups = lambda: [norm]
         try:

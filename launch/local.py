@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -36,8 +36,8 @@ def run_local(
 ) -> int:
     """Run `python -m MODULE RECIPE --run RUN [overrides]` in one or more processes and wait for the end.
 
-    The children die with this process. SIGINT, SIGTERM and SIGUSR1 are passed on, so that the run saves and ends; a second
-    SIGINT kills it.
+    The children die with this process. SIGINT, SIGTERM and SIGUSR1 are passed on, so that the run saves and
+    ends; a second SIGINT kills it.
 
     Args:
         module: "pretrain" or "finetune".
@@ -47,7 +47,8 @@ def run_local(
         run: run folder; the recipe's `run` field where None.
         env: added to the environment of the workers.
         continue_as: name of a new segment.
-        restarts: how often in a row a failed or hung run is started again without having saved anew; at most 3.
+        restarts: how often in a row a failed or hung run is started again without having saved anew; at most
+            3.
 
     Returns:
         0 finished, 2 wrong input, 3 failed, 4 hung, 5 out of memory, 75 preempted and saved.
@@ -128,10 +129,8 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
 def _sweep(group: int) -> None:
     """Kill what is left of the child's process group."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _die_with_parent() -> None:

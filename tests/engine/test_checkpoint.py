@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def test_any_layout_reads_any_other(
 ) -> None:
     folder = tmp_path_factory.mktemp("cut")
     edges = [0, *sorted(set(a)), 12]
-    for rank, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+    for rank, (low, high) in enumerate(itertools.pairwise(edges)):
         checkpoint._write_slices(folder / f"rank-{rank:05d}.safetensors", Cut(low, high).slices(), {})
     (folder / "state.json").write_text("{}")
     stored = checkpoint.Checkpoint(folder)
@@ -80,7 +81,7 @@ def test_any_layout_reads_any_other(
         assert tensor.shape == SHAPES[name]
         assert torch.equal(tensor.flatten(), truth.whole[name][0])
     edges = [0, *sorted(set(b)), 12]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         reader = Cut(low, high, seed=99.0)
         stored.load_moments(reader)  # type: ignore[arg-type]
         for owned in reader.slices():

@@ -1,7 +1,8 @@
 """A small task with two data-dependent branches, and the worker that the tests start under torchrun.
 
-Samples come from a counter-based stream, in groups; a rank takes whole groups. Group g holds only samples of one kind (so ranks
-see different branches), and a rank without a group gets an empty batch: both feed zero rows to what they do not use.
+Samples come from a counter-based stream, in groups; a rank takes whole groups. Group g holds only samples of
+one kind (so ranks see different branches), and a rank without a group gets an empty batch: both feed zero
+rows to what they do not use.
 """
 
 from __future__ import annotations
