@@ -159,7 +159,7 @@ def _coded(
         for name, named in regions.items():
             if value in named and value not in ignore:
                 table[layer_of[name], column] = ids[name]
-    if present[-1] < 1 << 16:
+    if present[0] >= 0 and present[-1] < 1 << 16:
         dense = np.zeros((len(table), present[-1] + 1), np.uint8)
         dense[:, present] = table
         return dense[:, values]

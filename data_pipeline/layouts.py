@@ -169,7 +169,7 @@ def _declare(src: SourceConfig, case: Case) -> Case:
         raise UserError(
             f"source {src.name!r}: annotated names {sorted(unknown)} are not among its labels {names}"
         )
-    split = next((s for glob, s in (src.splits or {}).items() if matches(glob, rel) is not None), case.split)
+    split = src.split_of(rel) or case.split
     return replace(
         case,
         label_values=values,

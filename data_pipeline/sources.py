@@ -19,7 +19,7 @@ class SourceConfig(BaseModel):
     """One source. Globs are matched against paths relative to ``path``, with ``/`` and ``**`` for any depth.
 
     A field that may be a mapping (``modality``, ``units``, ``splits``) takes ``{glob: value}``; the first
-    match wins.
+    match wins, and a glob without ``/`` may also match the file's name alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -107,6 +107,10 @@ class SourceConfig(BaseModel):
     def units_of(self, relative: str) -> str | None:
         """Declared units of an image, or None."""
         return _by_glob(self.units, relative)
+
+    def split_of(self, relative: str) -> str | None:
+        """Declared split of an image, or None."""
+        return _by_glob(self.splits, relative)
 
 
 def matches(glob: str, relative: str) -> tuple[str, ...] | None:

@@ -155,6 +155,14 @@ def test_undeclared_and_grey_values_are_refused(tmp_path: Path, image: Volume) -
     np.testing.assert_array_equal(
         image.to_source(read_label(path, image, regions=one, threshold=0.7).layers[0]).T, organs() == 2
     )
+    holes = read_label(
+        save(tmp_path / "f.nii", -data.astype(np.int16)),
+        image,
+        regions={"a": (-1,)},
+        ignore=frozenset({-2, -7}),
+    )
+    assert holes.classes == (1,)
+    assert (holes.layers == 1).sum() == (data == 1).sum()
     whole = read_label(save(tmp_path / "c.nii", organs().astype(np.float64)), image, regions=ORGANS)
     assert whole.classes == (1, 2)
     assert code_of(save(tmp_path / "d.nii", organs().astype(np.float32) * np.nan), image) == "label_grey"
