@@ -147,8 +147,10 @@ def _add_training(p: argparse.ArgumentParser) -> None:
 
 def _add_shards(p: argparse.ArgumentParser) -> None:
     actions = p.add_subparsers(dest="action", metavar="build|verify|inspect|order", required=True)
-    b = actions.add_parser("build", help="scans to a shard dataset", epilog="what a person knows of each source (labels, "
-                           "subjects, licence, ...) is stated in a YAML file with `sources:`; docs/data.md")  # fmt: skip
+    stated = (
+        "what you know of each source (labels, subjects, licence, ...) stands in a YAML file: docs/data.md"
+    )
+    b = actions.add_parser("build", help="scans to a shard dataset", epilog=stated)
     b.add_argument(
         "sources", nargs="+", metavar="SRC", help="folders and tables (CSV, Parquet), or one YAML file"
     )

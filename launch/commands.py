@@ -157,7 +157,9 @@ def stage_of(recipe: str) -> str:
 
 
 def train(args: argparse.Namespace, fields: Sequence[str]) -> int:
-    """`medfm pretrain`, `finetune` and `launch local`: workers under torchrun; the exit code of their verdict."""
+    """`medfm pretrain`, `finetune` and `launch local`: workers under torchrun; the exit code of their
+    verdict.
+    """
     from launch.local import run_local
 
     stage = (args.stage or stage_of(args.recipe)) if args.command == "launch" else args.command

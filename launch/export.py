@@ -1,4 +1,4 @@
-"""`medfm export --format safetensors`: weights and plan in their own folder, checked by loading them again."""
+"""`medfm export --format safetensors`: weights and plan in a folder, checked by loading them again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Exported:
 
     @property
     def ok(self) -> bool:
-        """The exported weights give the very outputs of the source: nothing is converted, so nothing may differ."""
+        """The exported weights give the very outputs of the source: nothing is converted, so
+        nothing may differ.
+        """
         return self.max_difference == 0.0
 
     def __str__(self) -> str:
@@ -36,9 +38,9 @@ class Exported:
 def export_safetensors(source: Path, out: Path) -> Exported:
     """Export the newest weights of a run, checkpoint or exported folder.
 
-    A bare encoder gives encoder.safetensors and plan.json; a fine-tuned model model.safetensors as well. What
-    was written is loaded again, and both run the same fixed inputs: an encoder one for each stem, a promptable
-    model one image and one click. `export.json` says what came out.
+    A bare encoder gives encoder.safetensors and plan.json; a fine-tuned model model.safetensors as well.
+    What was written is loaded again, and both run the same fixed inputs: an encoder one for each stem, a
+    promptable model one image and one click. `export.json` says what came out.
 
     Raises:
         UserError: nothing to load at `source`, or `out` is `source`.
@@ -83,7 +85,9 @@ def weights_folder(source: Path) -> Path:
 
 
 def mask_difference(one: Path, two: Path) -> float:
-    """Largest absolute difference of the logits of two stored promptable models, on a fixed image and click."""
+    """Largest absolute difference of the logits of two stored promptable models, on a fixed image and
+    click.
+    """
     import numpy as np
 
     from finetune.session import PromptableSession
@@ -102,7 +106,9 @@ def mask_difference(one: Path, two: Path) -> float:
 
 
 def tensor_difference(one: Path, two: Path) -> float:
-    """Largest absolute difference of two weight files, tensor by tensor; infinite where names or shapes differ."""
+    """Largest absolute difference of two weight files, tensor by tensor; infinite where names or shapes
+    differ.
+    """
     from safetensors.torch import load_file
 
     a, b = load_file(one), load_file(two)
@@ -113,7 +119,9 @@ def tensor_difference(one: Path, two: Path) -> float:
 
 
 def encoder_difference(one: Path, two: Path) -> float:
-    """Largest absolute difference of the features of two stored encoders, over one fixed input for each stem."""
+    """Largest absolute difference of the features of two stored encoders, over one fixed input for each
+    stem.
+    """
     import torch
 
     first, second = load_encoder(one), load_encoder(two)

@@ -1,8 +1,8 @@
 """`medfm quickstart`: the whole job, small, on this machine, with the very commands a person would type.
 
-Phantoms (or a person's own folder) -> shards -> masked autoencoding -> promptable fine-tuning with and without the
-pretrained encoder -> a held-out image segmented from clicks -> simulated clicks on the test split -> export, loaded
-again and compared. Ends with a table, `summary.json` and `report.html`.
+Phantoms (or a person's own folder) -> shards -> masked autoencoding -> promptable fine-tuning with and
+without the pretrained encoder -> a held-out image segmented from clicks -> simulated clicks on the test
+split -> export, loaded again and compared. Ends with a table, `summary.json` and `report.html`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ class Size:
     test_images: int
 
 
-FULL = Size(subjects=18, pretrain_updates=160, finetune_updates=120, test_images=6)
+FULL = Size(subjects=18, pretrain_updates=160, finetune_updates=60, test_images=6)
 SHORT = Size(subjects=6, pretrain_updates=12, finetune_updates=8, test_images=1)
 
 
 def quickstart(out: str, *, data: str | None = None, short: bool = False, processes: int = 2,
                fields: tuple[str, ...] = ()) -> int:  # fmt: skip
-    """Run everything under `out`; returns the exit code. `fields` are source fields for the build of `data`."""
+    """Run everything under `out`; returns the exit code. `fields` are source fields for the build of
+    `data`.
+    """
     if processes < 1:
         raise UserError(f"--processes {processes}: at least 1")
     if fields and data is None:
@@ -70,7 +72,9 @@ def quickstart(out: str, *, data: str | None = None, short: bool = False, proces
 
 
 def prepare_folder(folder: Path) -> Path:
-    """Make the folder, or clear what an earlier quickstart left in it; a folder of anything else is refused."""
+    """Make the folder, or clear what an earlier quickstart left in it; a folder of anything else is
+    refused.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder with --out")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
@@ -100,30 +104,16 @@ def _job(
         source = data / "sources.yaml" if (data / "sources.yaml").is_file() else data
     dataset = out / "dataset"
     with stages.stage("build", "raw scans to a shard dataset"):
-        split = ("--split", "0.7,0.15,0.15")
-        stages.run(
-            {
-                "shards build": [
-                    "shards",
-                    "build",
-                    str(source),
-                    "--out",
-                    str(dataset),
-                    "--workers",
-                    workers,
-                    *split,
-                    *fields,
-                ]
-            }
-        )
+        options = ("--out", str(dataset), "--workers", workers, "--split", "0.7,0.15,0.15", *fields)
+        stages.run({"shards build": ["shards", "build", str(source), *options]})
         stages.run({"shards verify": ["shards", "verify", str(dataset)]})
     one_thread = {"OMP_NUM_THREADS": "1"}
     pretrained = out / "pretrain"
     with stages.stage("pretrain", f"masked autoencoding with DeepSpeed on {processes} processes"):
-        stages.run({"pretrain": [
-            "pretrain", str(RECIPES / "quickstart-pretrain.yaml"), "--processes", str(processes), "--run", str(pretrained),
-            f"--data.root={dataset}", f"--engine.updates={size.pretrain_updates}",
-        ]}, one_thread)  # fmt: skip
+        options = (f"--data.root={dataset}", f"--engine.updates={size.pretrain_updates}")
+        recipe = str(RECIPES / "quickstart-pretrain.yaml")
+        words = ["pretrain", recipe, "--processes", str(processes), "--run", str(pretrained), *options]
+        stages.run({"pretrain": words}, one_thread)
     from launch.quickstart_report import held_out, losses
 
     summary: dict[str, Any] = {"loss": losses(pretrained), "held_out": held_out(pretrained)}
@@ -135,8 +125,9 @@ def _job(
     else:
         summary |= _segmentation(out, stages, size, dataset, pretrained, labelled, one_thread)
     with stages.stage("export", "exporting the weights, loading them again, comparing"):
-        stages.run({"export": ["export", str(pretrained if labelled is None else out / "finetune-pretrained"),
-                               "--format", "safetensors", "--out", str(out / "export")]})  # fmt: skip
+        weights = pretrained if labelled is None else out / "finetune-pretrained"
+        words = ["export", str(weights), "--format", "safetensors", "--out", str(out / "export")]
+        stages.run({"export": words})
     exported = json.loads((out / "export" / "export.json").read_text(encoding="utf-8"))
     return {
         "stages": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
@@ -178,8 +169,11 @@ def labelled_images(dataset: Path) -> Labelled | None:
     return None
 
 
-def _segmentation(out: Path, stages: Stages, size: Size, dataset: Path, pretrained: Path, labelled: Labelled,
-                  environment: dict[str, str]) -> dict[str, Any]:  # fmt: skip
+def _segmentation(
+    out: Path, stages: Stages, size: Size, dataset: Path, pretrained: Path, labelled: Labelled,
+    environment: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune twice, segment held-out images, score both models."""
     common = [
         str(RECIPES / "quickstart-finetune.yaml"), "--processes", "1", f"--data.root={dataset}",
         f"--data.sources=[{', '.join(labelled.sources)}]", f"--head.channels={labelled.channels}",
@@ -187,28 +181,33 @@ def _segmentation(out: Path, stages: Stages, size: Size, dataset: Path, pretrain
     ]  # fmt: skip
     runs = {"pretrained": out / "finetune-pretrained", "scratch": out / "finetune-scratch"}
     with stages.stage("finetune", "promptable head: on the pretrained encoder, and the same from scratch"):
-        stages.run({
-            "pretrained": ["finetune", *common, "--run", str(runs["pretrained"])],
-            "scratch": ["finetune", *common, "--run", str(runs["scratch"]), "--from-scratch"],
-        }, environment)  # fmt: skip
+        words = {name: ["finetune", *common, "--run", str(run)] for name, run in runs.items()}
+        words["scratch"].append("--from-scratch")
+        stages.run(words, environment)
     with stages.stage("segment", "held-out images from clicks"):
         from launch.quickstart_segment import choose_cases, save_picture
 
         cases = choose_cases(dataset, out / "dataset-private", labelled)
+        words = {}
         for case in cases:
-            mask = out / "segment" / f"{case.name}.nii.gz"
-            clicks = [f"--point-lps={','.join(f'{v:.3f}' for v in point)}" for point in case.clicks]
+            prompts = [f"--point-lps={','.join(f'{v:.3f}' for v in point)}" for point in case.clicks]
             modality = [] if case.modality is None else ["--modality", case.modality]
-            stages.run({f"segment {case.name}": ["segment", str(runs["pretrained"]), *map(str, case.images), "--out", str(mask),
-                                                 *clicks, *modality]}, environment)  # fmt: skip
-            save_picture(case, mask, out / "segment" / f"{case.name}.png")
-    with stages.stage("evaluate", "simulated clicks on the test split, both models"):
+            place = ["--out", str(out / "segment" / f"{case.name}.nii.gz")]
+            images = map(str, case.images)
+            words[case.name] = ["segment", str(runs["pretrained"]), *images, *place, *prompts, *modality]
+        stages.run(words, environment)
+        for case in cases:
+            save_picture(case, out / "segment" / f"{case.name}.nii.gz", out / "segment" / f"{case.name}.png")
+    with stages.stage("evaluate", "simulated clicks on held-out subjects, both models"):
         scores = {name: out / f"clicks-{name}.json" for name in runs}
-        stages.run({
-            name: ["evaluate", str(runs[name]), str(dataset), "--protocol", "clicks", "--split", labelled.test_split,
-                   "--limit", str(size.test_images), "--json", str(scores[name])]
-            for name in runs
-        }, environment)  # fmt: skip
+        options = ["--protocol", "clicks", "--split", labelled.test_split, "--limit", str(size.test_images)]
+        stages.run(
+            {
+                name: ["evaluate", str(runs[name]), str(dataset), *options, "--json", str(scores[name])]
+                for name in runs
+            },
+            environment,
+        )
     found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in scores.items()}
     return {
         "dice": {name: {str(n): one["mean"]["dsc"][n - 1] for n in CLICKS} for name, one in found.items()},

@@ -1,4 +1,4 @@
-"""What the quickstart ends with: figures from the run folders, a table, and a self-contained `report.html`."""
+"""How the quickstart ends: figures from the run folders, a table, and a self-contained `report.html`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 
 _COLOURS = ("#2563eb", "#dc2626", "#16a34a", "#9333ea", "#ea580c")
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#1f2933}
-table{border-collapse:collapse;margin:.6rem 0}td,th{border-bottom:1px solid #d5dbe3;padding:.25rem .8rem;text-align:right}
-td:first-child,th:first-child{text-align:left}img,svg{max-width:100%;border-radius:4px}figure{margin:1rem 0}
-figcaption{color:#5b6875;font-size:13px}code,pre{background:#f2f4f7;border-radius:4px;padding:.1rem .3rem;font-size:13px}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;margin:.6rem 0}
+td,th{border-bottom:1px solid #d5dbe3;padding:.25rem .8rem;text-align:right}
+td:first-child,th:first-child{text-align:left}
+img,svg{max-width:100%;border-radius:4px}figure{margin:1rem 0}
+figcaption{color:#5b6875;font-size:13px}
+code,pre{background:#f2f4f7;border-radius:4px;padding:.1rem .3rem;font-size:13px}
 pre{padding:.8rem;overflow-x:auto}
 """
 
@@ -134,8 +137,9 @@ def line_chart(
         across = left + (width - left - 12) * x / x_most
         return f"{across:.1f},{height - bottom - (height - bottom - 26) * y / y_most:.1f}"
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">',
-             f'<text x="{left}" y="16" font-size="13" font-weight="600">{html.escape(title)}</text>']  # fmt: skip
+    name = html.escape(title)
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}">']
+    parts.append(f'<text x="{left}" y="16" font-size="13" font-weight="600">{name}</text>')
     for step in range(5):
         value = y_most * step / 4
         y = float(place(0, value).split(",")[1])
@@ -145,19 +149,22 @@ def line_chart(
         colour = _COLOURS[number % len(_COLOURS)]
         path = " ".join(place(x, y) for x, y in curve)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{width - 16}" y="{34 + 16 * number}" font-size="12" fill="{colour}" text-anchor="end">'
-                     f"{html.escape(name)}</text>")  # fmt: skip
-    parts.append(
-        f'<text x="{width / 2}" y="{height - 6}" font-size="11" text-anchor="middle">{x_name} (last: {x_most:.0f})</text>'
-    )
+        at = f'x="{width - 16}" y="{34 + 16 * number}"'
+        parts.append(
+            f'<text {at} font-size="12" fill="{colour}" text-anchor="end">{html.escape(name)}</text>'
+        )
+    at, text = f'x="{width / 2}" y="{height - 6}"', f"{x_name} (last: {x_most:.0f})"
+    parts.append(f'<text {at} font-size="11" text-anchor="middle">{text}</text>')
     return "".join([*parts, "</svg>"])
 
 
 def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
     """`folder`/report.html: tables, loss curves, reconstructions and segmentations, all inside one file."""
-    body = ["<h1>medfm quickstart</h1>",
-            f"<p>{summary['seconds']:.0f} s in all. Small networks trained for minutes: this shows that the parts work "
-            "together, not what they can reach.</p>"]  # fmt: skip
+    body = ["<h1>medfm quickstart</h1>"]
+    body.append(
+        f"<p>{summary['seconds']:.0f} s in all. Small networks trained for minutes: this shows that the "
+        "parts work together, not what they can reach.</p>"
+    )
     body.append("<h2>Masked autoencoding</h2>")
     head = (
         "modality",
@@ -168,22 +175,30 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
         "interpolation of visible patches",
     )
     body.append(html_table(head, loss_rows(summary)))
-    body.append("<p>Squared error of normalised voxels. The last two columns are predictors without parameters, on the same masks "
-                "as <i>held out</i>: a network above them has learnt nothing yet.</p>")  # fmt: skip
+    body.append(
+        "<p>Squared error of normalised voxels. The last two columns are predictors without parameters, on "
+        "the same masks as <i>held out</i>: a network above them has learnt nothing yet.</p>"
+    )
     body.append(line_chart(curves(folder / "pretrain", "loss/"), "training loss by modality"))
-    for picture in newest_pictures(folder / "pretrain" / "pictures"):
-        body.append(image(picture, f"{picture.stem}: what the network saw, what it drew, what was there"))
+    pictures = newest_pictures(folder / "pretrain" / "pictures")
+    body += [
+        image(path, f"{path.stem}: what the network saw, what it drew, what was there") for path in pictures
+    ]
     if summary["dice"]:
         body.append("<h2>Segmentation from clicks</h2>")
         body.append(
             html_table(("Dice, held-out subjects", "1 click", "3 clicks", "5 clicks"), dice_rows(summary))
         )
         none, wrong = summary["dice_no_prompt"]["pretrained"], summary["dice_wrong_prompt"]["pretrained"]
-        body.append(f"<p>Controls, pretrained: no prompt {figure_of(none)}, another object's click {figure_of(wrong)}. "
-                    "Each click is placed at the centre of the largest error.</p>")  # fmt: skip
+        body.append(
+            f"<p>Controls, pretrained: no prompt {figure_of(none)}, another object's click "
+            f"{figure_of(wrong)}. Each click is placed at the centre of the largest error.</p>"
+        )
         for one in summary["segment"]:
-            caption = (f"{one['case']}, Dice {figure_of(one['dice'])}: label (green), mask of <code>medfm segment</code> "
-                       "(red), clicks (+); a pale click lies in another slice")  # fmt: skip
+            caption = (
+                f"{html.escape(one['case'])}, Dice {figure_of(one['dice'])}: label (green), mask of "
+                "<code>medfm segment</code> (red), clicks (+); a pale click lies in another slice"
+            )
             body.append(image(folder / "segment" / f"{one['case']}.png", caption))
         series = {
             name: curves(folder / f"finetune-{name}", "loss").get("", [])
@@ -193,15 +208,15 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
     else:
         body.append(f"<p>{html.escape(str(summary.get('left_out')))}</p>")
     body.append("<h2>Export</h2>")
-    body.append(
-        f"<p>Loaded again and run beside the source: largest difference {summary['export_max_difference']:.3g}.</p>"
-    )
+    difference = f"{summary['export_max_difference']:.3g}"
+    body.append(f"<p>Loaded again and run beside the source: largest difference {difference}.</p>")
     body.append("<h2>Time</h2>")
     body.append(
         html_table(("stage", "seconds"), [(name, [f"{s:.0f}"]) for name, s in summary["stages"].items()])
     )
     body.append("<h2>Commands</h2><pre>" + html.escape("\n".join(summary["commands"])) + "</pre>")
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>medfm quickstart</title><style>{_STYLE}</style>'
+    page = '<!doctype html><html lang="en"><meta charset="utf-8"><title>medfm quickstart</title>'
+    page += f"<style>{_STYLE}</style>"
     path = folder / "report.html"
     path.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
     return path

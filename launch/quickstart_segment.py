@@ -33,7 +33,9 @@ class HeldOutCase:
 
 
 def choose_cases(dataset: Path, private: Path, labelled: Labelled, at_most: int = 2) -> list[HeldOutCase]:
-    """The first labelled test image of each modality but X-ray (unless there is nothing else), its largest object."""
+    """The first labelled test image of each modality but X-ray (unless there is nothing else), its
+    largest object.
+    """
     from data_pipeline.manifest import Manifest
     from data_pipeline.readers import read, read_channels
     from data_pipeline.shard_reader import ShardReader
@@ -42,7 +44,8 @@ def choose_cases(dataset: Path, private: Path, labelled: Labelled, at_most: int 
     paths = _index(private)
     rows = [
         row for row in manifest.select(split=labelled.test_split, labelled=True).tolist()
-        if str(manifest.column("source")[row]) in labelled.sources and str(manifest.column("key")[row]) in paths
+        if str(manifest.column("source")[row]) in labelled.sources
+        and str(manifest.column("key")[row]) in paths
     ]  # fmt: skip
     first: dict[str, int] = {}
     for row in rows:
@@ -94,7 +97,9 @@ def _spacing(manifest: Any, row: int) -> tuple[float, float, float] | None:
 def inner_points(
     truth: np.ndarray, spacing: tuple[float, float, float], count: int = 3
 ) -> list[tuple[int, int, int]]:
-    """Voxels deep in an object and far from each other: the deepest, then by depth times distance to those before."""
+    """Voxels deep in an object and far from each other: the deepest, then by depth times distance to
+    those before.
+    """
     from scipy import ndimage
 
     depth = ndimage.distance_transform_edt(np.pad(truth, 1), sampling=spacing)[1:-1, 1:-1, 1:-1]
@@ -108,7 +113,9 @@ def inner_points(
 
 
 def save_picture(case: HeldOutCase, mask_file: Path, picture: Path) -> None:
-    """Three slices through the first click: the image, the label's outline (green), the mask's (red), the clicks."""
+    """Three slices through the first click: the image, the label's outline (green), the mask's (red),
+    the clicks.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

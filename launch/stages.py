@@ -1,4 +1,4 @@
-"""The quickstart's stages: each runs `medfm` commands as a person would, with a bar, a log file and a time."""
+"""The quickstart's stages: each runs `medfm` commands as a person would, with a bar, a log and a time."""
 
 from __future__ import annotations
 
@@ -95,10 +95,15 @@ class Stages:
             self.commands.append(shlex.join(shown))
             self.console.print(f"   $ {shlex.join(shown)}", style="bold", highlight=False, soft_wrap=True)
             process = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, text=True, errors="replace", bufsize=1,
+                [sys.executable, "-m", "launch.cli", *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                bufsize=1,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "110", **(environment or {})},
-            )  # fmt: skip
+            )
             self._running.append(process)
             log = self._logs / f"{len(self.commands):02d}-{name}.log"
             tail: deque[str] = deque(maxlen=15)

@@ -1,0 +1,233 @@
+"""The command as a person meets it: quick help, negative coordinates, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import UserError
+from launch.cli import NOT_YET, _joined, parser
+from launch.commands import numbers, stage_of
+from launch.phantoms import write, write_png
+
+
+def medfm(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit code 2, one line on stderr that holds every part, no traceback anywhere."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("medfm: "), lines[0]
+    assert "Traceback" not in done.stdout + done.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset of phantoms, built by the command."""
+    folder = tmp_path_factory.mktemp("cli")
+    phantoms = write(folder / "scans", 3)
+    done = medfm("shards", "build", str(phantoms.sources), "--out", str(folder / "data"))
+    assert done.returncode == 0, done.stderr
+    return folder / "data"
+
+
+def test_help_takes_no_heavy_import() -> None:
+    """Importing the command and printing help loads none of the libraries that take seconds."""
+    code = (
+        "import sys\nfrom launch.cli import parser\nparser().format_help()\n"
+        "heavy = {'torch', 'deepspeed', 'monai', 'SimpleITK', 'numpy', 'pydantic', 'tyro', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_help_does_not_offer_what_is_not_there() -> None:
+    text = parser().format_help()
+    offered = text.split("not yet in this version")[0]
+    assert all(f"\n    {name}" not in offered for name in NOT_YET)
+    assert "quickstart" in offered
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("predict", "x", "y"), ("plan", "r.yaml"), ("launch", "slurm", "r.yaml"),
+     ("launch", "kubernetes", "r.yaml"), ("launch", "hostfile", "r.yaml"), ("export", "x", "--format", "onnx", "--out", "y"),
+     ("evaluate", "x", "y", "--protocol", "dense")],
+)  # fmt: skip
+def test_what_is_not_there_yet_says_so(words: tuple[str, ...]) -> None:
+    assert_one_line(medfm(*words), "not in this version yet")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("trian",), ("doctor", "--fast"), ("segment", "a", "b"), ("export", "a", "--format", "zip")],
+)
+def test_a_wrong_command_line_is_one_line(words: tuple[str, ...]) -> None:
+    assert_one_line(medfm(*words), "medfm: error: ")
+
+
+def test_negative_coordinates_parse() -> None:
+    words = _joined(
+        [
+            "segment",
+            "m",
+            "i",
+            "--out",
+            "o",
+            "--point-ras",
+            "-12.5,3,4",
+            "--point",
+            "1,2,3",
+            "--negative-lps",
+            "-.5,1,-2",
+        ]
+    )
+    args = parser().parse_args(words)
+    assert args.point_ras == ["-12.5,3,4"]
+    assert args.point == ["1,2,3"]
+    assert args.negative_lps == ["-.5,1,-2"]
+    assert numbers(args.point_ras[0], 3, "--point-ras") == (-12.5, 3.0, 4.0)
+
+
+@pytest.mark.parametrize("text", ["1,2", "a,b,c", "1 2 3", ""])
+def test_a_point_that_is_none_names_the_option(text: str) -> None:
+    with pytest.raises(UserError, match="--point"):
+        numbers(text, 3, "--point")
+
+
+def test_the_stage_follows_from_the_recipe(tmp_path: Path) -> None:
+    recipes = Path(__file__).parents[2] / "launch" / "recipes"
+    assert stage_of(str(recipes / "quickstart-pretrain.yaml")) == "pretrain"
+    assert stage_of(str(recipes / "quickstart-finetune.yaml")) == "finetune"
+    (tmp_path / "r.yaml").write_text("engine: {updates: 3}\n")
+    with pytest.raises(UserError, match="--stage"):
+        stage_of(str(tmp_path / "r.yaml"))
+
+
+def test_unreadable_scan(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"this is not gzip")
+    done = medfm(
+        "shards", "build", str(tmp_path / "scans"), "--modality", "MR", "--out", str(tmp_path / "out")
+    )
+    assert_one_line(done, "no input could be used")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_source_and_undeclared_radiographs(tmp_path: Path) -> None:
+    assert_one_line(
+        medfm("shards", "build", str(tmp_path / "nothing"), "--out", str(tmp_path / "o")), "nothing"
+    )
+    write_png(tmp_path / "x" / "a.png", np.arange(4096, dtype=np.uint16).reshape(64, 64))
+    words = (
+        "shards",
+        "build",
+        str(tmp_path / "x"),
+        "--modality",
+        "XR",
+        "--spacing",
+        "0.5",
+        "--out",
+        str(tmp_path / "o"),
+    )
+    assert_one_line(medfm(*words), "burned_in")
+
+
+def test_wrong_recipe_key(tmp_path: Path, dataset: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"data: {{root: {dataset}}}\nengine: {{udpates: 3}}\n")
+    done = medfm("pretrain", str(recipe), "--processes", "1", "--run", str(tmp_path / "run"))
+    assert_one_line(done, "engine.udpates", "did you mean", "engine.updates")
+
+
+def test_missing_shard(tmp_path: Path, dataset: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(dataset, copy)
+    shard = sorted(copy.glob("train-*.tar"))[0]
+    shard.unlink()
+    recipe = Path(__file__).parents[2] / "launch" / "recipes" / "quickstart-pretrain.yaml"
+    done = medfm(
+        "pretrain", str(recipe), "--processes", "1", "--run", str(tmp_path / "run"), f"--data.root={copy}"
+    )
+    assert_one_line(done, shard.name)
+    found = medfm("shards", "verify", str(copy))
+    assert found.returncode in (2, 3)
+    assert shard.name in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_verify_inspect_and_order(dataset: Path, tmp_path: Path) -> None:
+    assert medfm("shards", "verify", str(dataset)).returncode == 0
+    shown = medfm("shards", "inspect", str(dataset), "--picture", str(tmp_path / "p.png"))
+    assert shown.returncode == 0, shown.stderr
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    drawn = medfm("shards", "order", str(dataset), "--updates", "1")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "update 0 rank 0 group 0" in drawn.stdout
+
+
+def test_checkpoint_of_another_architecture_and_exact_export(tmp_path: Path) -> None:
+    from model.encoder import Encoder, EncoderConfig
+    from model.weights import save_encoder
+
+    save_encoder(tmp_path / "good", Encoder(EncoderConfig(size="nano")))
+    done = medfm("export", str(tmp_path / "good"), "--out", str(tmp_path / "exported"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "exported" / "export.json").read_text())
+    assert report["max_difference"] == 0.0
+    save_encoder(tmp_path / "other", Encoder(EncoderConfig(size="nano", width=48, heads=2)))
+    weights = (tmp_path / "other" / "encoder.safetensors").read_bytes()
+    (tmp_path / "good" / "encoder.safetensors").write_bytes(weights)
+    assert_one_line(medfm("export", str(tmp_path / "good"), "--out", str(tmp_path / "bad")), "architecture")
+    assert_one_line(medfm("export", str(tmp_path / "none"), "--out", str(tmp_path / "bad")), "none")
+    assert_one_line(
+        medfm("segment", str(tmp_path / "none"), "image.nii.gz", "--out", "s.nii.gz", "--point", "1,2,3"),
+        "none",
+    )
+
+
+def test_export_notices_a_difference(tmp_path: Path) -> None:
+    import torch
+
+    from launch.export import encoder_difference
+    from model.encoder import Encoder, EncoderConfig
+    from model.weights import save_encoder
+
+    encoder = Encoder(EncoderConfig(size="nano"))
+    save_encoder(tmp_path / "a", encoder)
+    with torch.no_grad():
+        next(encoder.parameters()).add_(0.01)
+    save_encoder(tmp_path / "b", encoder)
+    assert encoder_difference(tmp_path / "a", tmp_path / "a") == 0.0
+    assert encoder_difference(tmp_path / "a", tmp_path / "b") > 0.0
+
+
+def test_quickstart_touches_no_folder_of_others(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert_one_line(medfm("quickstart", "--out", str(tmp_path)), "not empty")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
