@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline.errors import Quarantined, UserError
 from data_pipeline.readers import SUFFIXES, read_all, read_channels
-from data_pipeline.sources import SourceConfig, matches, substitute
+from data_pipeline.sources import SourceConfig, has_wildcards, matches, substitute
 from data_pipeline.volume import Volume
 
 
@@ -130,7 +130,7 @@ def label_for(src: SourceConfig, rel: str) -> Path | None:
         captured = matches(glob, rel)
         if captured is None:
             continue
-        name = substitute(src.label_glob, captured if "*" in src.label_glob or "?" in src.label_glob else ())
+        name = substitute(src.label_glob, captured if has_wildcards(src.label_glob) else ())
         if name is None:
             raise UserError(
                 f"source {src.name!r}: label_glob {src.label_glob!r} and include {glob!r} differ in wildcards"

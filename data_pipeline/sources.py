@@ -122,24 +122,27 @@ def matches(glob: str, relative: str) -> tuple[str, ...] | None:
 
 def substitute(glob: str, captured: tuple[str, ...]) -> str | None:
     """``glob`` with its wildcards replaced in order, or None if their number differs."""
-    parts = re.split(r"\*\*/|\*\*|\*|\?", glob)
-    wild = re.findall(r"\*\*/|\*\*|\*|\?", glob)
+    literals, wild = _WILD.split(glob), _WILD.findall(glob)
     if len(wild) != len(captured):
         return None
-    return "".join(a + b for a, b in zip(parts, [*captured, ""]))
+    return "".join(a + b for a, b in zip(literals, [*captured, ""]))
+
+
+def has_wildcards(glob: str) -> bool:
+    """Whether a glob matches more than its own text."""
+    return _WILD.search(glob) is not None
+
+
+_WILD = re.compile(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]")
+_MEANING = {"**/": r"((?:[^/]+/)*)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
 
 
 @lru_cache(maxsize=256)
 def _pattern(glob: str) -> re.Pattern[str]:
-    out, position = "", 0
-    for found in re.finditer(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]", glob):
-        out += re.escape(glob[position : found.start()])
-        token = found.group()
-        out += {"**/": r"((?:[^/]+/)*)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}.get(
-            token
-        ) or token.replace("[!", "[^")
-        position = found.end()
-    return re.compile(out + re.escape(glob[position:]))
+    parts = [re.escape(text) for text in _WILD.split(glob)]
+    for n, token in enumerate(_WILD.findall(glob)):
+        parts[n] += _MEANING.get(token) or f"({token.replace('[!', '[^')})"
+    return re.compile("".join(parts))
 
 
 def _by_glob(value: str | Mapping[str, str] | None, relative: str) -> str | None:

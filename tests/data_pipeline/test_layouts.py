@@ -308,6 +308,7 @@ def test_wildcards_are_put_back_where_they_were(words: list[str]) -> None:
     assert found == (words[0], words[1])
     assert substitute("*/x_*.png", found) == path
     assert substitute("m/*.png", found) is None
+    assert substitute("m/[ab]?.png", matches("[ab]?", "b7") or ()) == "m/b7.png"
 
 
 @pytest.mark.parametrize(
