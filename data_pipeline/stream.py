@@ -20,6 +20,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -210,6 +211,7 @@ class Stream(Generic[Batch]):
 
     def __init__(self, pipeline: wds.DataPipeline, workers: int, prefetch: int) -> None:
         self.damaged = 0
+        self._started = False
         # Not inherited by name and free of locks, so that a signal handler may read it.
         self._closing = multiprocessing.get_context("fork").RawValue("b", 0) if workers else None
         options: dict[str, Any] = {}
@@ -242,7 +244,8 @@ class Stream(Generic[Batch]):
         if self._items is None:
             raise StopIteration
         try:
-            item = next(self._items)
+            with self._worker_deaths_wait():
+                item = next(self._items)
         except RuntimeError as error:
             self.close()
             if "DataLoader worker (pid" in str(error):
@@ -255,6 +258,27 @@ class Stream(Generic[Batch]):
             raise UserError(item.message)
         self.damaged += item.damaged
         return item.batch
+
+    @contextmanager
+    def _worker_deaths_wait(self) -> Iterator[None]:
+        """Keep the loader's SIGCHLD handler from outliving the first batch, whose request installs it.
+
+        It raises in whatever the training process does at the moment a worker is killed, be it the last save.
+        Without it the loader still notices, inside `next` and within seconds.
+        """
+        if (
+            self._closing is None
+            or self._started
+            or threading.current_thread() is not threading.main_thread()
+        ):
+            yield
+            return
+        before = signal.getsignal(signal.SIGCHLD)
+        try:
+            yield
+        finally:
+            self._started = True
+            signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
     def close(self) -> None:
         """End the workers; a second call does nothing."""

@@ -275,6 +275,8 @@ def test_a_killed_worker_is_one_line(root: Path) -> None:
     stream = a_stream(root, workers=1)
     worker = next(stream)["worker"]
     os.kill(worker, signal.SIGKILL)
+    for _ in range(50):
+        time.sleep(0.01)  # the training process, a save for instance, is not interrupted
     with pytest.raises(UserError, match="worker was killed"):
         list(itertools.islice(stream, 50))
 
