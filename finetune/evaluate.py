@@ -260,3 +260,31 @@ def _means(objects: Sequence[Object], clicks: int) -> dict[str, Any]:
     times = [t for o in objects for t in o["click_ms"]]
     means["click_ms"] = float(np.median(times)) if times else None
     return means
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The means of a report as a few lines for people."""
+    mean = report["mean"]
+
+    def row(name: str, values: Sequence[float | None]) -> str:
+        return f"{name:<22}" + "".join("      –" if v is None else f"{v:7.3f}" for v in values)
+
+    steps = len(mean["dsc"])
+    lines = [
+        f"{report['n_objects']} objects, {report['n_images']} images, {report['n_subjects']} subjects; seen in training "
+        f"{_count(report['seen_in_training'])}, in pretraining {_count(report['seen_in_pretraining'])}",
+        f"{'clicks':<22}" + "".join(f"{i + 1:7d}" for i in range(steps)) + "    AUC",
+        row("DSC", [*mean["dsc"], mean["dsc_auc"]]),
+        row(f"NSD at {report['nsd_tolerance_mm']:.2g} mm", [*mean["nsd"], mean["nsd_auc"]]),
+    ]
+    for name, label in (("dsc_box", "DSC of the box"), ("dsc_no_prompt", "DSC, no prompt"),
+                        ("dsc_wrong_prompt", "DSC, other's click"), ("click_prefers_own", "click prefers its own")):  # fmt: skip
+        if mean.get(name) is not None:
+            lines.append(row(label, [mean[name]]))
+    if mean["click_ms"] is not None:
+        lines.append(f"{'median ms a click':<22}{mean['click_ms']:7.0f}")
+    return "\n".join(lines)
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else str(number)

@@ -115,3 +115,10 @@ def test_seen_subjects_and_images_are_counted():
 def test_the_report_is_json():
     _, means = run(clicked_value)
     assert json.loads(json.dumps(means)) == means
+    report = {
+        "mean": means, "n_objects": 2, "n_images": 1, "n_subjects": 1, "nsd_tolerance_mm": 1.0,
+        "seen_in_training": 0, "seen_in_pretraining": None,
+    }  # fmt: skip
+    text = evaluate.describe(report)
+    assert "1.000  1.000  1.000  1.000  1.000  4.000" in text
+    assert "in pretraining unknown" in text
