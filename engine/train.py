@@ -151,7 +151,8 @@ class _Loop:
             applied, asked = self._update(batches, stop)
             watchdog.beat(progress.update)
             if progress.bad_in_a_row >= config.max_bad_updates:
-                text = f"{progress.bad_in_a_row} updates in a row not finite, last at position {progress.position - 1}"
+                where = f"the last at position {progress.position - 1}"
+                text = f"{progress.bad_in_a_row} updates in a row were not finite, {where}"
                 text += "; lower engine.lr or look at the data there"
                 return Verdict("failed", progress.update, self.attempt, text)
             if not applied or asked:
