@@ -213,5 +213,5 @@ def doctor() -> int:
         table.add_row(sign[finding.level], finding.what, finding.meaning)
     Console().print(table)
     stops = sum(finding.level == "stops" for finding in found)
-    print(f"{stops} things will stop a run" if stops else "nothing found that will stop a run")
+    print(f"found to stop a run: {stops}" if stops else "nothing found that will stop a run")
     return FAILED if stops else 0

@@ -37,7 +37,7 @@ class Size:
     test_images: int
 
 
-FULL = Size(subjects=18, pretrain_updates=160, finetune_updates=60, test_images=6)
+FULL = Size(subjects=18, pretrain_updates=120, finetune_updates=45, test_images=4)
 SHORT = Size(subjects=6, pretrain_updates=12, finetune_updates=8, test_images=1)
 
 
