@@ -290,9 +290,9 @@ def test_workers_outlive_the_signals_that_end_a_job(root: Path) -> None:
     assert {b["worker"] for b in itertools.islice(stream, 12)} == workers
     started = time.monotonic()
     stream.close()
-    _, alive = psutil.wait_procs([p for p in map(process, workers) if p], timeout=10)
+    _, alive = psutil.wait_procs([p for p in map(process, workers) if p], timeout=60)
     assert not alive
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def process(pid: int) -> psutil.Process | None:
@@ -330,8 +330,8 @@ def test_workers_end_with_their_parent(root: Path, end: str) -> None:
     if end == "wait":
         assert len(watched) == 2
         parent.kill()
-    assert parent.wait(timeout=30) == (-signal.SIGKILL if end == "wait" else 0)
-    _, alive = psutil.wait_procs(watched, timeout=10)
+    assert parent.wait(timeout=120) == (-signal.SIGKILL if end == "wait" else 0)
+    _, alive = psutil.wait_procs(watched, timeout=60)
     assert not alive
     parent.stdout.close()
 
