@@ -270,21 +270,26 @@ def describe(report: dict[str, Any]) -> str:
         return f"{name:<22}" + "".join("      –" if v is None else f"{v:7.3f}" for v in values)
 
     steps = len(mean["dsc"])
+    seen = {
+        name: "unknown" if report[name] is None else report[name]
+        for name in ("seen_in_training", "seen_in_pretraining")
+    }
     lines = [
-        f"{report['n_objects']} objects, {report['n_images']} images, {report['n_subjects']} subjects; seen in training "
-        f"{_count(report['seen_in_training'])}, in pretraining {_count(report['seen_in_pretraining'])}",
+        f"{report['n_objects']} objects, {report['n_images']} images, {report['n_subjects']} subjects",
+        f"seen in training: {seen['seen_in_training']}; in pretraining: {seen['seen_in_pretraining']}",
         f"{'clicks':<22}" + "".join(f"{i + 1:7d}" for i in range(steps)) + "    AUC",
         row("DSC", [*mean["dsc"], mean["dsc_auc"]]),
         row(f"NSD at {report['nsd_tolerance_mm']:.2g} mm", [*mean["nsd"], mean["nsd_auc"]]),
     ]
-    for name, label in (("dsc_box", "DSC of the box"), ("dsc_no_prompt", "DSC, no prompt"),
-                        ("dsc_wrong_prompt", "DSC, other's click"), ("click_prefers_own", "click prefers its own")):  # fmt: skip
+    labels = {
+        "dsc_box": "DSC of the box",
+        "dsc_no_prompt": "DSC, no prompt",
+        "dsc_wrong_prompt": "DSC, other's click",
+        "click_prefers_own": "click prefers its own",
+    }
+    for name, label in labels.items():
         if mean.get(name) is not None:
             lines.append(row(label, [mean[name]]))
     if mean["click_ms"] is not None:
         lines.append(f"{'median ms a click':<22}{mean['click_ms']:7.0f}")
     return "\n".join(lines)
-
-
-def _count(number: int | None) -> str:
-    return "unknown" if number is None else str(number)

@@ -121,4 +121,4 @@ def test_the_report_is_json():
     }  # fmt: skip
     text = evaluate.describe(report)
     assert "1.000  1.000  1.000  1.000  1.000  4.000" in text
-    assert "in pretraining unknown" in text
+    assert "in pretraining: unknown" in text
