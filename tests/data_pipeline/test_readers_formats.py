@@ -260,7 +260,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(suffix=st.sampled_from([".nii", ".nrrd", ".mha", ".nii.gz", ".png"]), data=st.data())
 def test_damaged_headers_never_raise_anything_but_a_refusal(
     samples: dict[str, bytes], tmp_path: Path, suffix: str, data: st.DataObject
