@@ -52,8 +52,16 @@ def test_mean_is_that_of_visible_valid_voxels(hand: Any) -> None:
 def test_baselines_see_visible_tokens_only_and_are_finite(hand: Any) -> None:
     crop = hand.crop("volume", (20, 40, 24), invalid=0.3)
     tokens = tokens_of(hand, crop, "volume")
-    changed = tokens._replace(target=tokens.target + 5.0)
+    hidden = crop.voxels.copy()
+    for token in tokens.target_ids[0][tokens.predicted[0]].tolist():
+        place = np.unravel_index(token, crop.draw.grid)
+        cut = tuple(slice(8 * at, 8 * at + 8) for at in place)
+        hidden[cut] = np.where(hidden[cut] == -32768, -32768, 2000 - hidden[cut])
+    crop.voxels = hidden
+    changed = tokens_of(hand, crop, "volume")
     assert torch.equal(interpolation(tokens), interpolation(changed))
+    assert torch.equal(visible_mean(tokens), visible_mean(changed))
+    assert not torch.equal(tokens.target, changed.target)
     for lonely in (hand.crop("volume", (8, 8, 16)), hand.crop("volume", (8, 8, 8), invalid=1.0)):
         few = tokens_of(hand, lonely, "volume")
         assert bool(torch.stack(baseline_errors(few)).isfinite().all())

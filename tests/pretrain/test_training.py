@@ -305,8 +305,7 @@ class Task:
     def __init__(self):
         self.volume = conftest.hand_crop("volume", (16, 16, 24), index=0)
         self.planar = conftest.hand_crop("planar", (1, 64, 64), index=1, modality="XR")
-        self.model, _ = conftest.build([conftest.row_spec("volume", 1, 1, 16)], [self.volume],
-        crops_per_update=2)
+        self.model, _ = conftest.build([conftest.row_spec("volume", 1, 1, 16)], [self.volume])
     def batches(self, start, rank, world):
         kind, crop = [("volume", self.volume), ("planar", self.planar)][rank]
         return repeat(conftest.build([conftest.row_spec(kind, 1, 1, 16)], [crop])[1])
@@ -318,8 +317,11 @@ class Task:
     def export(self, state, folder): pass
     def optimizer_groups(self): return [{{"params": list(self.model.parameters())}}]
 
-config = EngineConfig(updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=int(sys.argv[1]),
-threads=1, log_every=1) sys.exit(train(Task(), config, Path(sys.argv[2])).exit_code) '''
+config = EngineConfig(
+    updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=int(sys.argv[1]), threads=1, log_every=1
+)
+sys.exit(train(Task(), config, Path(sys.argv[2])).exit_code)
+'''
 
 
 @pytest.mark.slow
