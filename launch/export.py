@@ -77,10 +77,10 @@ def weights_folder(source: Path) -> Path:
     try:
         return find_weights(source)[0].parent
     except UserError:
-        from finetune.weights import find_model
-
         if not source.is_dir():
             raise
+        from finetune.weights import find_model
+
         return find_model(source)[0].parent  # a fine-tuned model without an encoder
 
 
