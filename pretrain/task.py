@@ -126,7 +126,11 @@ class PretrainTask:
         save_encoder(folder, encoder, self.plan())
 
     def plan(self) -> AdaptationPlan:
-        """The adaptation plan of this run's encoder, with a summary of what it was trained on."""
+        """The adaptation plan of this run's encoder, with a summary of what it was trained on.
+
+        Keyed hashes of the subjects and hashes of the images stand in it, so that a later evaluation can
+        tell whether it was seen in pretraining.
+        """
         rows = select_rows(self.manifest, self._recipe.data, self._recipe.data.split)
         spacing = self.manifest.column("spacing")[rows]
         sources = set(self.manifest.column("source")[rows])
@@ -140,6 +144,8 @@ class PretrainTask:
                 "split": self._recipe.data.split,
                 "samples": len(rows),
                 "subjects": len(set(self.manifest.column("subject")[rows])),
+                "subject_keys": sorted(set(self.manifest.column("subject")[rows].astype(str))),
+                "content_hashes": sorted(set(self.manifest.column("content_hash")[rows].astype(str))),
                 "samples_by_modality": _counts(self.manifest.column("modality")[rows]),
                 "samples_by_source": _counts(self.manifest.column("source")[rows]),
                 "sources": licences,
