@@ -266,7 +266,7 @@ def start_launcher(run: Path, *more: str) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_for(what: Any, seconds: float = 60) -> None:
+def wait_for(what: Any, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "timed out"
@@ -277,7 +277,7 @@ def test_sigterm_to_the_launcher_saves_and_a_kill_of_it_leaves_no_worker(tmp_pat
     launcher = start_launcher(tmp_path)
     wait_for(lambda: list((tmp_path / "checkpoints").glob("update-*")))
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(timeout=60) == 75
+    assert launcher.wait(timeout=120) == 75
     verdict = read_verdict(tmp_path)
     assert verdict is not None
     assert verdict.state == "preempted"
