@@ -72,12 +72,12 @@ class MaskedAutoencoder(nn.Module):
         metric is a (sum, count) pair of 0-d tensors. Nothing waits for the device. Both ways run through
         `forward`, because the hooks that gather sharded parameters (ZeRO 3) hang on it.
         """
+        results, idle = self._run(batch)
         if reconstruct:
-            return self.reconstruct(batch)
+            return results
         blocks = list(batch.values())
-        results = self.reconstruct(batch)
         total = torch.stack([(r.crop_loss * b.weight).sum() for r, b in zip(results, blocks)]).sum()
-        return total / self.crops_per_update + self._zero_touch(), metrics(blocks, results)
+        return total / self.crops_per_update + idle, metrics(blocks, results)
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute the encoder's blocks in the backward pass; a hook of the engine."""
@@ -89,40 +89,67 @@ class MaskedAutoencoder(nn.Module):
 
     def reconstruct(self, batch: Batch) -> list[Reconstruction]:
         """Predictions for every row block of the batch, in its order."""
-        kinds = [geometry_of_block(name) for name in batch]
-        blocks = list(batch.values())
+        return self._run(batch)[0]
+
+    def _run(self, batch: Batch) -> tuple[list[Reconstruction], Tensor]:
+        """Reconstructions, and a 0 through which heads without any crop take part in the backward pass.
+
+        Every stem and head is called exactly once and in the same order on every rank, without rows if need
+        be: at ZeRO 3 a call gathers the layer's weights from all ranks, so that neither the calls nor their
+        order may depend on what a rank drew.
+        """
+        order = [
+            name for kind in self.encoder.config.patch for name in batch if geometry_of_block(name) == kind
+        ]
+        kinds = [geometry_of_block(name) for name in order]
+        blocks = [batch[name] for name in order]
         tokens = [tokenise(b, self.encoder.patch(kind), self.objective) for b, kind in zip(blocks, kinds)]
         attend = [_some_key(t.attend) for t in tokens]
-        features = self._encode(kinds, blocks, tokens, attend)
         decoded = self.decoder(
-            features,
+            self._encode(kinds, blocks, tokens, attend),
             attend,
             [t.visible_centres for t in tokens],
             [t.target_centres for t in tokens],
             [t.predicted for t in tokens],
         )
-        results = []
-        for kind, t, d in zip(kinds, tokens, decoded):
-            prediction = self.heads[kind](d).float()
-            results.append(Reconstruction(t, prediction, self._crop_loss(t, prediction)))
-        return results
+        found: dict[str, Reconstruction] = {}
+        idle = decoded[0].new_zeros((), dtype=torch.float32)
+        for kind, head in self.heads.items():
+            mine = [number for number, other in enumerate(kinds) if other == kind]
+            rows = [decoded[number].flatten(0, 1) for number in mine]
+            out = head(torch.cat([decoded[0].new_zeros(0, decoded[0].shape[-1]), *rows])).float()
+            idle = idle + out[:0].sum()
+            for number, part in zip(mine, out.split([len(r) for r in rows]) if rows else ()):
+                prediction = part.unflatten(0, decoded[number].shape[:2])
+                loss = self._crop_loss(tokens[number], prediction)
+                found[order[number]] = Reconstruction(tokens[number], prediction, loss)
+        return [found[name] for name in batch], idle
 
     def _encode(
         self, kinds: list[Kind], blocks: list[RowBlock], tokens: list[Tokens], attend: list[Tensor]
     ) -> list[Tensor]:
-        """Features (n, v, D) of the visible tokens: one pass of the trunk over the segments of all blocks."""
-        embedded = [
-            self.encoder.stem(kind, t.visible, b.grid, t.visible_ids)
-            for kind, b, t in zip(kinds, blocks, tokens)
-        ]
-        layout = tuple((e.shape[0], e.shape[1]) for e in embedded)
-        drop = self._drop(blocks)
+        """Features (n, v, D) of the visible tokens: one pass of the trunk over the segments of all blocks,
+        which come in the order of the encoder's stems.
+        """
+        embedded = []
+        for kind, patch in self.encoder.config.patch.items():
+            mine = [(b, t) for b, t, other in zip(blocks, tokens, kinds) if other == kind]
+            # A token a sequence, so that blocks of different lengths go through the stem together.
+            none = tokens[0].visible.new_zeros(0, 1, math.prod(patch))
+            stem = self.encoder.stem(
+                kind,
+                torch.cat([none, *(t.visible.flatten(0, 1)[:, None] for _, t in mine)]),
+                torch.cat([blocks[0].grid[:0], *(_repeated(b.grid, t.visible_ids) for b, t in mine)]),
+                torch.cat([tokens[0].visible_ids[:0, :1], *(t.visible_ids.reshape(-1, 1) for _, t in mine)]),
+            )
+            embedded.append(stem[:, 0])
+        layout = tuple((t.visible_ids.shape[0], t.visible_ids.shape[1]) for t in tokens)
         flat = self.encoder.trunk(
-            torch.cat([e.flatten(0, 1) for e in embedded]),
+            torch.cat(embedded),
             torch.cat([t.visible_centres.flatten(0, 1) for t in tokens]),
             layout,
             torch.cat([a.flatten() for a in attend]),
-            drop,
+            self._drop(blocks),
             None,
         )[-1]
         parts = flat.split([n * length for n, length in layout])
@@ -138,16 +165,6 @@ class MaskedAutoencoder(nn.Module):
     def _crop_loss(self, tokens: Tokens, prediction: Tensor) -> Tensor:
         target = patch_normalised(tokens) if self.objective.norm_pix else tokens.target
         return crop_error(prediction, target, tokens.scored)
-
-    def _zero_touch(self) -> Tensor:
-        """Zero, but with a gradient (of zero) for every stem and head, so that collectives never depend on
-        the data.
-        """
-        total = self.encoder.zero_touch().float()
-        for head in self.heads.values():
-            empty = total.new_zeros(0, self.objective.decoder_width)
-            total = total + head(empty).float().sum()
-        return total
 
 
 def crop_error(prediction: Tensor, target: Tensor, scored: Tensor) -> Tensor:
@@ -190,6 +207,11 @@ def metrics(blocks: list[RowBlock], results: list[Reconstruction]) -> Metrics:
     found["slot_waste"] = ((slots - valid).sum(), slots.sum())
     found["substituted"] = (torch.cat([b.substituted for b in blocks]).sum(), weight.sum())
     return found
+
+
+def _repeated(grid: Tensor, ids: Tensor) -> Tensor:
+    """The grid (n, 3) of each crop for each of its tokens `ids` (n, v): (n * v, 3)."""
+    return grid.repeat_interleave(ids.shape[1], dim=0)
 
 
 def _head(width: int, voxels: int) -> nn.Linear:
