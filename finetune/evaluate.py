@@ -37,6 +37,7 @@ def evaluate_clicks(
     rows: Sequence[int] | np.ndarray | None = None,
     *,
     split: str = "test",
+    sources: Sequence[str] = (),
     limit: int | None = None,
     clicks: int = 5,
     box: bool = False,
@@ -49,8 +50,10 @@ def evaluate_clicks(
 
     Args:
         model: folder of a fine-tuned model, or a model in memory (then nothing is known about what it has
-        seen). data: shard dataset.
-        rows: manifest rows; by default the labelled rows of `split`, at most `limit` of them.
+        seen).
+        data: shard dataset.
+        rows: manifest rows; by default the labelled rows of `split`, of `sources` where any is named, at most
+        `limit` of them. Images of another number of channels than the model takes are left out and counted.
         clicks: clicks an object; the area under the curve spans them.
         box: give the tight box first, as a step of its own.
         controls: also predict without a prompt and with another object's click.
@@ -61,7 +64,14 @@ def evaluate_clicks(
     """
     manifest = data if isinstance(data, Manifest) else Manifest.open(data)
     net, plan = (model, None) if isinstance(model, PromptableModel) else load_model(model, device)
-    chosen = _rows(manifest, rows, split, limit)
+    chosen = _rows(manifest, rows, split, sources)
+    fits = manifest.column("shape")[chosen, 0] == net.config.channels
+    if not fits.any():
+        raise UserError(
+            f"{manifest.root}: the model takes {net.config.channels} channels, which no chosen image has"
+        )
+    other_channels = int((~fits).sum())
+    chosen = chosen[fits] if limit is None else chosen[fits][:limit]
     origin = manifest.column("label_origin")[chosen].astype(str)
     left_out = int((origin == "model").sum())
     chosen = chosen[origin != "model"]
@@ -91,6 +101,7 @@ def evaluate_clicks(
         "n_subjects": len(set(manifest.column("subject")[chosen].astype(str))),
         "n_undefined": sum(o["dsc"][-1] is None for o in objects),
         "n_model_labels_left_out": left_out,
+        "n_other_channels_left_out": other_channels,
         "nsd_tolerance_mm": tolerance,
         **seen,
         "mean": _means(objects, clicks),
@@ -118,15 +129,20 @@ def seen_before(
 
 
 def _rows(
-    manifest: Manifest, rows: Sequence[int] | np.ndarray | None, split: str, limit: int | None
+    manifest: Manifest, rows: Sequence[int] | np.ndarray | None, split: str, sources: Sequence[str]
 ) -> np.ndarray:
     chosen = manifest.select(split=split, labelled=True) if rows is None else np.asarray(rows)
+    if sources:
+        held = set(manifest.column("source").astype(str))
+        if unknown := [name for name in sources if name not in held]:
+            raise UserError(f"{manifest.root}: no source {unknown[0]!r}; it holds {', '.join(sorted(held))}")
+        chosen = chosen[np.isin(manifest.column("source")[chosen].astype(str), list(sources))]
     if len(chosen) == 0:
         splits = ", ".join(sorted(set(manifest.column("split").astype(str))))
         raise UserError(
             f"{manifest.root}: no labelled sample in split {split!r}; the dataset holds the splits {splits}"
         )
-    return chosen if limit is None else chosen[:limit]
+    return chosen
 
 
 def _images(
@@ -290,6 +306,12 @@ def describe(report: dict[str, Any]) -> str:
     for name, label in labels.items():
         if mean.get(name) is not None:
             lines.append(row(label, [mean[name]]))
+    for name, label in (
+        ("n_model_labels_left_out", "labels are a model's"),
+        ("n_other_channels_left_out", "other number of channels"),
+    ):
+        if report[name]:
+            lines.append(f"left out, {label}: {report[name]} images")
     if mean["click_ms"] is not None:
         lines.append(f"{'median ms a click':<22}{mean['click_ms']:7.0f}")
     return "\n".join(lines)

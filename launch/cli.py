@@ -74,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
                        ("finetune", "promptable segmentation on labelled shards")):  # fmt: skip
         p = commands.add_parser(name, help=what, epilog=_RECIPE_HELP, allow_abbrev=False)
         _add_training(p)
+        p.add_argument(
+            "--fields", action=_Fields, nargs=0, help="list every field of the recipe and its default"
+        )
         if name == "finetune":
             p.add_argument(
                 "--from-scratch", action="store_true", help="no pretrained encoder: the matched control"
@@ -116,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("data", metavar="DATA", help="shard dataset")
     p.add_argument("--protocol", choices=["clicks", "dense"], default="clicks")
     p.add_argument("--split", default="test")
+    p.add_argument(
+        "--source", action="append", default=[], metavar="NAME", help="these sources only (may be repeated)"
+    )
     p.add_argument("--limit", type=int, metavar="N", help="at most N images")
     p.add_argument("--clicks", type=int, default=5, metavar="N", help="clicks on each object; default 5")
     p.add_argument("--box", action="store_true", help="a tight box first, as a step of its own")
@@ -136,6 +142,16 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("doctor", help="what on this machine will stop a run")
     return top
+
+
+class _Fields(argparse.Action):
+    """`--fields`: print the recipe's fields and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from launch.commands import show_fields
+
+        show_fields(parser.prog.split()[-1])
+        parser.exit()
 
 
 def _add_training(p: argparse.ArgumentParser) -> None:

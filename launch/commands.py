@@ -156,6 +156,18 @@ def stage_of(recipe: str) -> str:
     return fits[0]
 
 
+def show_fields(stage: str) -> None:
+    """`medfm pretrain --fields`: every field of the stage's recipe with its meaning and default."""
+    import tyro
+
+    schema: Any
+    if stage == "pretrain":
+        from pretrain.recipe import PretrainRecipe as schema
+    else:
+        from finetune.recipe import FinetuneRecipe as schema
+    tyro.cli(schema, prog=f"medfm {stage} RECIPE.yaml", args=["--help"], config=(tyro.conf.AvoidSubcommands,))
+
+
 def train(args: argparse.Namespace, fields: Sequence[str]) -> int:
     """`medfm pretrain`, `finetune` and `launch local`: workers under torchrun; the exit code of their
     verdict.
@@ -207,31 +219,17 @@ def evaluate(args: argparse.Namespace, _: Sequence[str]) -> int:
     """`medfm evaluate CHECKPOINT DATA --protocol clicks`."""
     import json
 
-    from finetune.evaluate import evaluate_clicks
+    from finetune.evaluate import describe, evaluate_clicks
 
     scores = evaluate_clicks(
-        args.checkpoint, args.data, split=args.split, limit=args.limit, clicks=args.clicks, box=args.box,
-        allow_seen=args.allow_seen, device=args.device,
+        args.checkpoint, args.data, split=args.split, sources=args.source, limit=args.limit,
+        clicks=args.clicks, box=args.box, allow_seen=args.allow_seen, device=args.device,
     )  # fmt: skip
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    print(f"{scores['n_objects']} objects in {scores['n_images']} images of {scores['n_subjects']} subjects")
-    mean = scores["mean"]
-    for click, (dsc, nsd) in enumerate(zip(mean["dsc"], mean["nsd"], strict=True), start=1):
-        print(f"click {click}: DSC {shown(dsc)}  NSD {shown(nsd)} at {scores['nsd_tolerance_mm']:.2g} mm")
-    wrong = shown(mean.get("dsc_wrong_prompt"))
-    print(f"no prompt: DSC {shown(mean.get('dsc_no_prompt'))}  another object's click: {wrong}")
-    print(
-        f"seen in training: {shown(scores['seen_in_training'])}, "
-        f"in pretraining: {shown(scores['seen_in_pretraining'])}"
-    )
+    print(describe(scores))
     return 0
-
-
-def shown(value: float | None) -> str:
-    """A figure for people; `unknown` where there is none."""
-    return "unknown" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def export(args: argparse.Namespace, _: Sequence[str]) -> int:

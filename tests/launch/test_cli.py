@@ -233,3 +233,16 @@ def test_quickstart_touches_no_folder_of_others(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert_one_line(medfm("quickstart", "--out", str(tmp_path)), "not empty")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_fields_lists_every_field_of_the_recipe() -> None:
+    """`medfm pretrain --fields` names each leaf of the schema with its meaning."""
+    out = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "pretrain", "--fields"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert out.returncode == 0
+    for field in ("--engine.zero-stage", "--objective.mask-ratio", "--tokens.slots", "--encoder.size"):
+        assert field in out.stdout
