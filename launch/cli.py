@@ -201,6 +201,11 @@ def _add_shards(p: argparse.ArgumentParser) -> None:
     o.add_argument("--recipe", metavar="RECIPE.yaml", help="pretraining recipe; default: the defaults")
     o.add_argument("--processes", type=int, default=1, metavar="N")
     o.add_argument("--updates", type=int, default=2, metavar="N", help="updates to list")
+    o.add_argument(
+        "--simulate", type=int, nargs="?", const=100, metavar="UPDATES",
+        help="instead of listing draws, what so many updates (default 100) read on each node",
+    )  # fmt: skip
+    o.add_argument("--nodes", type=int, default=1, metavar="N", help="of the simulated run")
 
 
 def _joined(argv: Sequence[str]) -> list[str]:

@@ -111,9 +111,10 @@ def inspect(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def order(args: argparse.Namespace, _: Sequence[str]) -> int:
-    """`medfm shards order DIR`: composition of a batch, rounding and repeats, and the first draws."""
+    """`medfm shards order DIR`: what a batch holds, rounding, repeats; the first draws or a simulated run."""
     from data_pipeline.manifest import Manifest
     from data_pipeline.order import Order, lanes_of
+    from data_pipeline.simulate import describe
     from engine.recipe import load_recipe
     from pretrain.recipe import PretrainRecipe
 
@@ -125,6 +126,9 @@ def order(args: argparse.Namespace, _: Sequence[str]) -> int:
             f"{args.data}: no sample in split {recipe.data.split!r}; state data.split in the recipe"
         )
     drawn = Order(manifest, rows, recipe.tokens, recipe.mixture, recipe.engine.seed)
+    if args.simulate is not None:
+        print(describe(manifest, drawn, nodes=args.nodes, updates=args.simulate))
+        return 0
     print(drawn.describe())
     keys = manifest.column("key")
     for update in range(args.updates):

@@ -4,35 +4,55 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from engine.errors import UserError
-from launch.cli import NOT_YET, _joined, parser
+from launch.cli import NOT_YET, _joined, main, parser
 from launch.commands import numbers, stage_of
 from launch.phantoms import write, write_png
+from launch.quickstart import MARK, own_folder
 
 
-def medfm(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.cli", *words],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+class Done(NamedTuple):
+    """How a command ended, with what it and its child processes printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+Medfm = Callable[..., Done]
+
+
+@pytest.fixture
+def medfm(capfd: pytest.CaptureFixture[str]) -> Medfm:
+    """Runs `medfm WORDS` in this process, which has the libraries already; its exception fails the test."""
+
+    def run(*words: str) -> Done:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+def assert_one_line(done: Done, *parts: str) -> None:
     """Exit code 2, one line on stderr that holds every part, no traceback anywhere."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("medfm: "), lines[0]
+    assert lines[0].startswith("medfm: error: "), lines[0]
+    assert lines[0].count("medfm: ") == 1, lines[0]
     assert "Traceback" not in done.stdout + done.stderr
     for part in parts:
         assert part in lines[0], lines[0]
@@ -43,9 +63,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small dataset of phantoms, built by the command."""
     folder = tmp_path_factory.mktemp("cli")
     phantoms = write(folder / "scans", 3)
-    done = medfm("shards", "build", str(phantoms.sources), "--out", str(folder / "data"))
-    assert done.returncode == 0, done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["shards", "build", str(phantoms.sources), "--out", str(folder / "data")])
+    assert ended.value.code == 0
     return folder / "data"
+
+
+def test_an_error_of_the_installed_command_is_one_line() -> None:
+    command = [sys.executable, "-m", "launch.cli", "predict", "x", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert_one_line(Done(done.returncode, done.stdout, done.stderr), "not in this version yet")
 
 
 def test_help_takes_no_heavy_import() -> None:
@@ -79,7 +106,7 @@ def test_help_does_not_offer_what_is_not_there() -> None:
         "export x --format onnx --out y", "evaluate x y --protocol dense",
     ],
 )  # fmt: skip
-def test_what_is_not_there_yet_says_so(line: str) -> None:
+def test_what_is_not_there_yet_says_so(medfm: Medfm, line: str) -> None:
     assert_one_line(medfm(*line.split()), "not in this version yet")
 
 
@@ -87,7 +114,7 @@ def test_what_is_not_there_yet_says_so(line: str) -> None:
     "words",
     [(), ("trian",), ("doctor", "--fast"), ("segment", "a", "b"), ("export", "a", "--format", "zip")],
 )
-def test_a_wrong_command_line_is_one_line(words: tuple[str, ...]) -> None:
+def test_a_wrong_command_line_is_one_line(medfm: Medfm, words: tuple[str, ...]) -> None:
     assert_one_line(medfm(*words), "medfm: error: ")
 
 
@@ -129,7 +156,7 @@ def test_the_stage_follows_from_the_recipe(tmp_path: Path) -> None:
         stage_of(str(tmp_path / "r.yaml"))
 
 
-def test_unreadable_scan(tmp_path: Path) -> None:
+def test_unreadable_scan(medfm: Medfm, tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"this is not gzip")
     done = medfm(
@@ -139,7 +166,7 @@ def test_unreadable_scan(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_source_and_undeclared_radiographs(tmp_path: Path) -> None:
+def test_missing_source_and_undeclared_radiographs(medfm: Medfm, tmp_path: Path) -> None:
     assert_one_line(
         medfm("shards", "build", str(tmp_path / "nothing"), "--out", str(tmp_path / "o")), "nothing"
     )
@@ -158,16 +185,14 @@ def test_missing_source_and_undeclared_radiographs(tmp_path: Path) -> None:
     assert_one_line(medfm(*words), "burned_in")
 
 
-def test_wrong_recipe_key(tmp_path: Path, dataset: Path) -> None:
+def test_wrong_recipe_key(medfm: Medfm, tmp_path: Path, dataset: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"data: {{root: {dataset}}}\nengine: {{udpates: 3}}\n")
     done = medfm("pretrain", str(recipe), "--processes", "1", "--run", str(tmp_path / "run"))
     assert_one_line(done, "engine.udpates", "did you mean", "engine.updates")
 
 
-def test_missing_shard(tmp_path: Path, dataset: Path) -> None:
-    import shutil
-
+def test_missing_shard(medfm: Medfm, tmp_path: Path, dataset: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(dataset, copy)
     shard = sorted(copy.glob("train-*.tar"))[0]
@@ -183,7 +208,7 @@ def test_missing_shard(tmp_path: Path, dataset: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
-def test_verify_inspect_and_order(dataset: Path, tmp_path: Path) -> None:
+def test_verify_inspect_and_order(medfm: Medfm, dataset: Path, tmp_path: Path) -> None:
     assert medfm("shards", "verify", str(dataset)).returncode == 0
     shown = medfm("shards", "inspect", str(dataset), "--picture", str(tmp_path / "p.png"))
     assert shown.returncode == 0, shown.stderr
@@ -191,9 +216,15 @@ def test_verify_inspect_and_order(dataset: Path, tmp_path: Path) -> None:
     drawn = medfm("shards", "order", str(dataset), "--updates", "1")
     assert drawn.returncode == 0, drawn.stderr
     assert "update 0 rank 0 group 0" in drawn.stdout
+    played = medfm("shards", "order", str(dataset), "--simulate", "3", "--nodes", "2")
+    assert played.returncode == 0, played.stderr
+    assert "simulated: 3 updates" in played.stdout
+    assert "on 2 nodes" in played.stdout
+    assert "update 0 rank 0" not in played.stdout
+    assert_one_line(medfm("shards", "order", str(dataset), "--simulate", "--nodes", "0"), "0 nodes")
 
 
-def test_checkpoint_of_another_architecture_and_exact_export(tmp_path: Path) -> None:
+def test_checkpoint_of_another_architecture_and_exact_export(medfm: Medfm, tmp_path: Path) -> None:
     from model.encoder import Encoder, EncoderConfig
     from model.weights import save_encoder
 
@@ -229,20 +260,61 @@ def test_export_notices_a_difference(tmp_path: Path) -> None:
     assert encoder_difference(tmp_path / "a", tmp_path / "b") > 0.0
 
 
-def test_quickstart_touches_no_folder_of_others(tmp_path: Path) -> None:
+def test_quickstart_touches_no_folder_of_others(medfm: Medfm, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert_one_line(medfm("quickstart", "--out", str(tmp_path)), "not empty")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_fields_lists_every_field_of_the_recipe() -> None:
+def test_quickstart_clears_its_own_folder_and_only_that(tmp_path: Path) -> None:
+    with own_folder(tmp_path / "q"):
+        pass
+    for name in ("dataset", "pretrain"):
+        (tmp_path / "q" / name / "old").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept.txt").touch()
+    (tmp_path / "q" / "export").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "q" / "clicks-scratch.json").touch()
+    (tmp_path / "q" / "notes.txt").touch()
+    with own_folder(tmp_path / "q"):
+        assert sorted(p.name for p in (tmp_path / "q").iterdir()) == [MARK, "notes.txt"]
+        with pytest.raises(UserError, match="another quickstart"), own_folder(tmp_path / "q"):
+            pass
+    assert (tmp_path / "elsewhere" / "kept.txt").is_file()
+
+
+def test_quickstart_does_not_start_in_what_it_cannot_delete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with own_folder(tmp_path):
+        (tmp_path / "dataset").mkdir()
+
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with (
+        pytest.raises(UserError, match=r"dataset: left by an earlier.*Permission denied"),
+        own_folder(tmp_path),
+    ):
+        pass
+
+
+def test_a_run_folder_or_device_that_cannot_be_is_one_line(medfm: Medfm, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    recipe = Path(__file__).parents[2] / "launch" / "recipes" / "quickstart-pretrain.yaml"
+    done = medfm("pretrain", str(recipe), "--processes", "1", "--run", str(tmp_path / "file" / "run"))
+    assert_one_line(done, "file")
+    words = ("segment", str(tmp_path), "i.nii.gz", "--out", "s.nii.gz", "--point", "1,2,3")
+    assert_one_line(medfm(*words, "--device", "gpu"), "device gpu")
+    words = ("evaluate", str(tmp_path), str(tmp_path))
+    assert_one_line(medfm(*words, "--clicks", "0"), "clicks 0")
+    assert_one_line(medfm(*words, "--limit", "-1"), "limit -1")
+
+
+def test_fields_lists_every_field_of_the_recipe(medfm: Medfm) -> None:
     """`medfm pretrain --fields` names each leaf of the schema with its meaning."""
-    out = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "pretrain", "--fields"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    out = medfm("pretrain", "--fields")
     assert out.returncode == 0
     for field in ("--engine.zero-stage", "--objective.mask-ratio", "--tokens.slots", "--encoder.size"):
         assert field in out.stdout
