@@ -75,11 +75,11 @@ def build(
 ) -> BuildReport:
     """Build the dataset `out` (a folder that must not exist) from `sources`.
 
-    `private` (default: OUT-private) receives the hash key, the list of inputs by path, and the log; keep it
-    apart from the dataset. `split` maps names to fractions of subjects; `exact` stores float32 where 16 bits
-    would lose anything. Volumes above `level_min_voxels` get reduced levels. Raises `UserError` before
-    anything is written where a declaration is missing; an input that cannot be trusted is quarantined and
-    counted, not raised.
+    `private` (default: OUT-private) receives the hash key and the list of inputs by path with what became of
+    each; keep it apart from the dataset. `split` maps names to fractions of subjects; `exact` stores float32
+    where 16 bits would lose anything. Volumes above `level_min_voxels` get reduced levels. Raises `UserError`
+    before anything is written where a declaration is missing; an input that cannot be trusted is quarantined
+    and counted, not raised.
     """
     started = time.monotonic()
     out = Path(os.path.abspath(out))
@@ -113,7 +113,7 @@ def build(
         report = BuildReport(out, private, len(rows), len(plans))
         report.counts = dict(Counter(f"{r['split']} {r['modality']} {r['geometry']}" for r in rows))
         report.quarantined = dict(Counter(r.code for o in outcomes for r in o.refusals))
-        report.notes = {**_notes(rows), **merged.notes, **split_notes}
+        report.notes = {**_notes(rows, samples), **merged.notes, **split_notes}
         if not rows:
             raise UserError(
                 f"no input could be used: {report.quarantined}; {private / 'index.jsonl'} says why"
@@ -284,14 +284,14 @@ def _assign_splits(
         if job.case.split is not None:
             stated[groups.find((job.source.name, job.case.subject))].add(job.case.split)
     chosen: dict[Any, str] = {root: strictest(splits) for root, splits in stated.items()}
-    free: dict[str, dict[Any, SourceConfig]] = defaultdict(dict)
+    stated_by = {job.source.name: job.source.split for job in every}
+    free: dict[str, set[Any]] = defaultdict(set)
     for job in every:
         root = groups.find((job.source.name, job.case.subject))
         if root not in chosen:
-            free[root[0]][root] = job.source
-    for roots in free.values():
-        source = next(iter(roots.values()))
-        chosen.update(assign(sorted(roots), source.split or fractions, seed))
+            free[root[0]].add(root)
+    for source, roots in free.items():  # a subject of several sources follows the one that its root is of
+        chosen.update(assign(sorted(roots), stated_by[source] or fractions, seed))
     samples = []
     for job, sample in merged.samples:
         root = groups.find((job.source.name, job.case.subject))
@@ -301,8 +301,20 @@ def _assign_splits(
     return samples, notes
 
 
-def _notes(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _notes(rows: Sequence[dict[str, Any]], samples: Sequence[Staged]) -> dict[str, int]:
+    about = [sample.description for sample in samples]
+    found = Counter(name for description in about for name in description["provenance"])
+    placed = Counter(description.get("label", {}).get("placed") for description in about)
+    pet = Counter(
+        c["units"] for description in about for c in description["channels"] if c["modality"] == "PT"
+    )
     return {
+        "sform taken where qform differs by more than a voxel": found["qform_differs"],
+        "position unknown, spacing alone taken": found["no_form"],
+        "MONOCHROME1 inverted": found["inverted"],
+        "PET without SUV, percentiles taken": pet["arbitrary"],
+        "labels resampled to the grid of the image": placed["resampled"],
+        "labels placed by the image's geometry": placed["image"],
         "spacing assumed from a field width": sum(r["spacing_source"] == "assumed" for r in rows),
         "spacing declared by the recipe": sum(r["spacing_source"] == "declared" for r in rows),
         "stored with an error (max_error in the manifest)": sum(r["max_error"] > 0 for r in rows),

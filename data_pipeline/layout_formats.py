@@ -132,6 +132,11 @@ def table(src: SourceConfig) -> list[Case]:
             raise UserError(
                 f"{src.path}: no modality for {files[0]}; add a column modality, or state modality: CT"
             )
+        if len(modality) not in (0, 1, len(files)):
+            raise UserError(
+                f"{src.path}: {len(modality)} modalities for the {len(files)} files of {files[0]}; "
+                "state one, or one for each"
+            )
         label = row.get("label", "")
         cases.append(
             Case(
@@ -264,7 +269,7 @@ def _channels(described: Any, where: Path) -> tuple[str, ...]:
 
 def _modalities(names: tuple[str, ...], src: SourceConfig) -> tuple[str, ...]:
     found = [_word(n) or (src.modality if isinstance(src.modality, str) else None) for n in names]
-    if None in found and not isinstance(src.modality, dict):
+    if None in found and (len(names) > 1 or not isinstance(src.modality, dict)):  # a glob names a whole case
         unclear = names[found.index(None)]
         raise UserError(
             f"{src.path}: channel {unclear!r} does not name a modality; state modality: CT, MR, XR or PT"

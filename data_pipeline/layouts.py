@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from data_pipeline.errors import Quarantined, UserError
-from data_pipeline.readers import SUFFIXES, read_all, read_channels
+from data_pipeline.readers import MEASURED_BY, SUFFIXES, read_all, read_channels
 from data_pipeline.sources import SourceConfig, has_wildcards, matches, substitute
 from data_pipeline.volume import Volume
 
@@ -144,7 +145,7 @@ def _declare(src: SourceConfig, case: Case) -> Case:
     """Apply what the recipe states over what a dataset file says."""
     rel = relative(case.images[0], src.path)
     declared = src.modality_of(rel)
-    changes: dict[str, object] = {"units": src.units_of(rel)}
+    changes: dict[str, object] = {}
     many = case.channel_names is not None and len(case.channel_names) > 1
     if declared is not None and not many:
         changes["modality"] = (declared,)
@@ -152,6 +153,7 @@ def _declare(src: SourceConfig, case: Case) -> Case:
         isinstance(src.modality, dict) and not case.modality and src.layout != "dicom" and case.series is None
     ):
         raise UserError(f"{case.images[0]}: no glob of modality in source {src.name!r} matches this image")
+    changes["units"] = _units(src, case, changes.get("modality", case.modality))
     values, regions = src.labels or case.label_values, src.regions or case.label_regions
     if src.labels is not None and src.regions is None:
         regions = None
@@ -170,6 +172,10 @@ def _declare(src: SourceConfig, case: Case) -> Case:
             f"source {src.name!r}: annotated names {sorted(unknown)} are not among its labels {names}"
         )
     split = src.split_of(rel) or case.split
+    if split is not None and not split.isalnum():
+        raise UserError(
+            f"{case.images[0]}: split {split!r}: a split is named by letters and digits, like train"
+        )
     return replace(
         case,
         label_values=values,
@@ -181,6 +187,23 @@ def _declare(src: SourceConfig, case: Case) -> Case:
         else (),
         **changes,  # type: ignore[arg-type]
     )
+
+
+def _units(src: SourceConfig, case: Case, modality: object) -> str | None:
+    """The units stated for the images of a case: one for all, taken by the channels that can have them."""
+    stated = {u for image in case.images if (u := src.units_of(relative(image, src.path))) is not None}
+    if len(stated) > 1:
+        raise UserError(
+            f"{case.images[0]}: source {src.name!r} states units {' and '.join(sorted(stated))} for "
+            "channels of one case; state those of PET alone, CT is in HU"
+        )
+    units = next(iter(stated), None)
+    if units in MEASURED_BY and modality and MEASURED_BY[units] not in cast("tuple[str, ...]", modality):
+        raise UserError(
+            f"{case.images[0]}: source {src.name!r} states units {units}, which are those of "
+            f"{MEASURED_BY[units]}; state units: {{glob: units}} for the files that have them"
+        )
+    return units
 
 
 def _assign_subjects(src: SourceConfig, cases: list[Case]) -> list[Case]:

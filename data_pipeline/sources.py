@@ -29,7 +29,8 @@ class SourceConfig(BaseModel):
     layout: Layout = "auto"
     modality: Modality | dict[str, Modality] | None = None
     units: Units | dict[str, Units] | None = Field(
-        None, description="real units, where the format does not say"
+        None,
+        description="real units, where the format does not say; HU are taken for CT channels, SUV for PT",
     )
     include: tuple[str, ...] = Field((), description="globs of image files; empty: every image file")
     exclude: tuple[str, ...] = ()

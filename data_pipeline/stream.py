@@ -48,9 +48,9 @@ class Crop:
     """One crop as read. `voxels` is (z, y, x) in stem order, stored dtype; (c, z, y, x) if all channels were
     asked for.
 
-    norm: float64 (7,): slope, intercept, low, high, center, scale, compress; (c, 7) for all channels. seg:
-    uint8 (layer, z, y, x) in stem order over the same voxels, or None. substituted: the sample the order
-    chose was damaged and this is another.
+    modality: of the drawn channel; of channel 0 if all were asked for. norm: float64 (7,): slope, intercept,
+    low, high, center, scale, compress; (c, 7) for all channels. seg: uint8 (layer, z, y, x) in stem order
+    over the same voxels, or None. substituted: the sample the order chose was damaged and this is another.
     """
 
     draw: Draw
@@ -115,9 +115,9 @@ class _Reader:
         self.shards, self.manifest, self.order, self.collate = shards, manifest, order, collate
         self.with_seg, self.all_channels, self.max_damage = with_seg, all_channels, max_damage
         self.seen = self.damaged = 0
-        self._keys, self._modality = manifest.column("key"), manifest.column("modality")
+        self._keys = manifest.column("key")
         self._has_seg = manifest.column("seg_offset") if with_seg else None
-        self._norms: dict[int, np.ndarray] = {}
+        self._channels: dict[int, tuple[list[str], np.ndarray]] = {}
 
     def read(self, source: Iterator[Work]) -> Iterator[tuple[Work, list[Crop]] | _Failed]:
         """Stage: the crops of each group; none for a micro-step without one."""
@@ -178,24 +178,26 @@ class _Reader:
             if draw.level:
                 raise ValueError("labels are stored at level 0 only; draw with a window to read them")
             seg = _to_stem(self.shards.read_box(draw.row, "seg", None, *box), draw.axes)
-        norm = self._norm(draw.row)
+        modalities, norm = self._described(draw.row)
         return Crop(
             draw=draw,
             key=str(self._keys[draw.row]),
-            modality=str(self._modality[draw.row]),
+            modality=modalities[channel or 0],
             voxels=_to_stem(voxels, draw.axes),
             norm=norm if channel is None else norm[channel],
             seg=seg,
             substituted=False,
         )
 
-    def _norm(self, row: int) -> np.ndarray:
-        """Normalisation of every channel of a sample, (c, 7); kept for a few thousand samples."""
-        if row not in self._norms:
-            if len(self._norms) > 4096:
-                self._norms.clear()
-            self._norms[row] = np.asarray(self.manifest.row(row)["norm"], dtype=np.float64).reshape(-1, 7)
-        return self._norms[row]
+    def _described(self, row: int) -> tuple[list[str], np.ndarray]:
+        """Modality of every channel of a sample, and their norms (c, 7); kept for a few thousand samples."""
+        if row not in self._channels:
+            if len(self._channels) > 4096:
+                self._channels.clear()
+            values = self.manifest.row(row)
+            norm = np.asarray(values["norm"], dtype=np.float64).reshape(-1, 7)
+            self._channels[row] = values["modalities"], norm
+        return self._channels[row]
 
 
 def _to_stem(array: np.ndarray, axes: tuple[int, int, int]) -> np.ndarray:

@@ -31,7 +31,8 @@ class Damage:
 
 
 def verify(root: str | Path, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
-    """Every fault of the local dataset at `root`; an empty list means that every byte is as written.
+    """Every fault of the local dataset at `root`; an empty list means that every byte of the
+    manifest and the shards is as written.
 
     Checks the manifest against `dataset.json`, each shard's size and whole-file hash, and, in a shard that
     differs, each member's header, chunks and tail against its index. `progress(done, total)` is called in

@@ -23,6 +23,8 @@ ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 DICOM = (".dcm", ".dicom", ".ima")
 SUFFIXES = NIFTI + ITK + PICTURES + DICOM
+#: What a channel has to be for real units to be its own.
+MEASURED_BY = {"HU": "CT", "SUV": "PT"}
 #: Real values of a CT below this are fill outside the field of view (-2000, -2048, -3024, ...), never tissue
 #: or air.
 CT_PADDING_BELOW = -1500.0
@@ -45,8 +47,9 @@ def read(
     ``modality`` (CT, MR, XR or PT; one per channel or one for all) must be stated for formats that do not
     carry it; for DICOM it must agree with the header. ``channel_names`` says that the fourth axis is
     channels; otherwise frames of a 4D file are a series in time and the first is read (`read_all` gives
-    more). ``spacing`` (z, y, x) mm is used where the file states none; ``field_mm`` is the width of a
-    picture's field where neither does. ``accept_no_form`` accepts a NIfTI that has spacing but no position.
+    more). ``units`` HU are taken for CT channels and SUV for PT channels alone. ``spacing`` (z, y, x) mm is
+    used where the file states none; ``field_mm`` is the width of a picture's field where neither does.
+    ``accept_no_form`` accepts a NIfTI that has spacing but no position.
     ``series`` is the SeriesInstanceUID to take from a folder that holds several, or the very files of the
     series. Raises `Quarantined` for an input that cannot be trusted, `UserError` for a missing declaration.
     """
@@ -226,7 +229,7 @@ class _Options:
         return cast("str", declared or raw.modality)
 
     def _units(self, raw: Raw, modality: str) -> str:
-        if self.units is not None:
+        if self.units is not None and MEASURED_BY.get(self.units, modality) == modality:
             return self.units
         if modality == "CT" and raw.units == "arbitrary":
             raise Quarantined(

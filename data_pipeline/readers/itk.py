@@ -30,7 +30,10 @@ def decode(path: Path) -> Raw:
     if array.dtype.kind not in "iuf":
         raise Quarantined("unsupported_layout", f"voxels of type {array.dtype}")
     if image.GetNumberOfComponentsPerPixel() > 1:
-        if not (array[..., :1] == array[..., :3]).all():
+        grey = (
+            array[..., :3] if array.shape[-1] == 4 and array[..., 3].min() == array[..., 3].max() else array
+        )
+        if not (array[..., :1] == grey).all():  # of four components, an even last one is opacity
             raise Quarantined("colour", f"{array.shape[-1]} components per voxel")
         array = array[..., 0]
     n = image.GetDimension()

@@ -193,6 +193,40 @@ def test_stated_splits_win_and_take_the_subject_along(tmp_path: Path) -> None:
     assert report.notes["subjects stated in several splits"] == 1
 
 
+def test_a_copy_in_another_source_does_not_change_the_fractions(tmp_path: Path) -> None:
+    for n in range(5):
+        write_nifti(tmp_path / "a" / f"p{n}.nii.gz", phantom(n))
+    write_nifti(tmp_path / "b" / "copy.nii.gz", phantom(0))
+    sources = [
+        SourceConfig(path=tmp_path / "a", name="a", modality="CT", split={"test": 1.0}),
+        SourceConfig(path=tmp_path / "b", name="b", modality="CT"),
+    ]
+    report = build(sources, tmp_path / "o", split={"train": 1.0}, progress=False)
+    assert report.notes["duplicates left out"] == 1
+    assert set(Manifest.open(report.out).column("split")) == {"test"}
+
+
+def test_what_was_done_to_an_input_is_counted(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(phantom(0), np.eye(4))
+    image.set_sform(np.eye(4), 1)
+    image.set_qform(np.diag([1.0, 1.0, 1.0, 1.0]) + np.eye(4, k=3) * 5, 1)
+    (tmp_path / "ct").mkdir()
+    nib.save(image, tmp_path / "ct" / "a_img.nii.gz")
+    write_nifti(tmp_path / "ct" / "a_lab.nii.gz", (phantom(0) > 0).astype(np.uint8)[1:])
+    write_nifti(tmp_path / "pt" / "b.nii.gz", phantom(1).clip(0) + phantom(2).clip(0))
+    ct = {"include": ("*_img.nii.gz",), "label_glob": "*_lab.nii.gz", "labels": {1: "body"}}
+    sources = [
+        SourceConfig(path=tmp_path / "ct", name="ct", modality="CT", **ct),  # type: ignore[arg-type]
+        SourceConfig(path=tmp_path / "pt", name="pt", modality="PT"),
+    ]
+    report = build(sources, tmp_path / "o", split={"train": 1.0}, progress=False)
+    assert report.quarantined == {}
+    assert report.notes["sform taken where qform differs by more than a voxel"] == 1
+    assert report.notes["PET without SUV, percentiles taken"] == 1
+    assert report.notes["labels resampled to the grid of the image"] == 1
+    assert "PET without SUV" in (report.out / "report.html").read_text()
+
+
 def test_one_strange_file_does_not_end_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_pipeline import sample
 

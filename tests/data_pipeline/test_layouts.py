@@ -166,6 +166,40 @@ def test_tables(tmp_path: Path) -> None:
         discover(SourceConfig(path=tmp_path / "none.csv"))
 
 
+def test_units_go_to_the_channels_that_can_have_them(tmp_path: Path) -> None:
+    describe(tmp_path, channel_names={"0": "CT", "1": "PET"}, labels={"background": 0, "tumour": 1})
+    for channel in range(2):
+        nifti(tmp_path / f"imagesTr/a_000{channel}.nii.gz", seed=channel)
+    mask(tmp_path / "labelsTr/a.nii.gz")
+    for units in ("SUV", {"*_0001*": "SUV"}):
+        src = SourceConfig(path=tmp_path, units=units)
+        volume = read_case(discover(src)[0], src)[0]
+        assert [(c.modality, c.units) for c in volume.channels] == [("CT", "HU"), ("PT", "SUV")]
+    with pytest.raises(UserError, match="states units HU and SUV"):
+        discover(SourceConfig(path=tmp_path, units={"*_0000*": "HU", "*": "SUV"}))
+    with pytest.raises(UserError, match="units SUV, which are those of PT"):
+        discover(SourceConfig(path=tmp_path / "imagesTr", modality="MR", units="SUV"))
+
+
+def test_channels_are_never_given_the_modality_of_another(tmp_path: Path) -> None:
+    describe(tmp_path, channel_names={"0": "CT", "1": "tracer"}, labels={"background": 0, "tumour": 1})
+    for channel in range(2):
+        nifti(tmp_path / f"imagesTr/a_000{channel}.nii.gz", seed=channel)
+    mask(tmp_path / "labelsTr/a.nii.gz")
+    with pytest.raises(UserError, match="'tracer' does not name a modality"):
+        discover(SourceConfig(path=tmp_path, modality={"*_0001*": "PT"}))
+    (tmp_path / "t.csv").write_text("image,modality\na;b;c,MR;CT\n")
+    with pytest.raises(UserError, match="2 modalities for the 3 files"):
+        discover(SourceConfig(path=tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize("split", ["../elsewhere", "fold/1", "a b"])
+def test_a_split_is_a_plain_name(tmp_path: Path, split: str) -> None:
+    nifti(tmp_path / "a.nii.gz")
+    with pytest.raises(UserError, match="named by letters and digits"):
+        discover(SourceConfig(path=tmp_path, modality="MR", splits={"*": split}))
+
+
 def sarcoma(root: Path) -> Path:
     for patient in ("STS_1", "STS_2"):
         for kind in ("CT", "MR_T1", "PET"):

@@ -225,6 +225,16 @@ def test_colour_is_refused_unless_it_is_grey(tmp_path: Path) -> None:
     assert code_of(tmp_path / "colour.png", modality="XR", field_mm=1) == "colour"
     Image.fromarray(np.stack([grey] * 4, -1)).save(tmp_path / "glass.png")
     assert code_of(tmp_path / "glass.png", modality="XR", field_mm=1) == "colour"
+    for last, code in ((7, None), (None, "colour")):  # four components: an even last one is opacity
+        array = np.stack([grey, grey, grey, 255 - grey if last is None else np.full_like(grey, last)], -1)
+        sitk.WriteImage(sitk.GetImageFromArray(array[np.newaxis], isVector=True), tmp_path / "four.mha")
+        if code is None:
+            np.testing.assert_array_equal(read(tmp_path / "four.mha", modality="MR").voxels.size, grey.size)
+        else:
+            assert code_of(tmp_path / "four.mha", modality="MR") == code
+    tensor = np.stack([grey] * 3 + [255 - grey] * 3, -1)
+    sitk.WriteImage(sitk.GetImageFromArray(tensor[np.newaxis], isVector=True), tmp_path / "six.mha")
+    assert code_of(tmp_path / "six.mha", modality="MR") == "colour"
     Image.fromarray(grey).convert("P").save(tmp_path / "palette.png")
     np.testing.assert_array_equal(
         read(tmp_path / "palette.png", modality="XR", field_mm=1).voxels[0, 0], grey

@@ -54,7 +54,7 @@ def stage(root: Path, number: int) -> Staged:
     row: dict[str, Any] = {
         "key": f"{number:08x}", "split": "train", "source": "a", "subject": f"s{number}",
         "modality": modality,
-        "modalities": [modality] * 2, "channels": ["x", "y"], "geometry": kind, "axes": list(axes),
+        "modalities": [modality, "PT"], "channels": ["x", "y"], "geometry": kind, "axes": list(axes),
         "shape": list(shape), "spacing": list(spacing), "spacing_source": "header", "dtype": "int16",
         "max_error": 0.0, "levels": [list(f) for f in level_factors(kind, axes)[:2]], "norm": [NORM, NORM],
         "content_hash": f"{number:032x}",
@@ -152,7 +152,7 @@ def test_crops_are_what_the_volumes_hold(root: Path) -> None:
         assert crop.voxels.flags.c_contiguous
         assert crop.voxels.dtype == np.int16
         assert crop.norm.tolist() == NORM
-        assert crop.modality == manifest.column("modality")[draw.row]
+        assert crop.modality == manifest.row(draw.row)["modalities"][draw.channel]
         assert crop.seg is None
         seen |= {("level", draw.level), ("axes", draw.axes), ("channel", draw.channel)}
     assert {("level", 0), ("level", 1), ("axes", (0, 1, 2)), ("axes", (1, 0, 2)), ("channel", 1)} <= seen
