@@ -40,11 +40,6 @@ class Cell:
         n = len(self.rows)
         return (lane * n // self.groups, (lane + 1) * n // self.groups) if self.by_shard else (0, n)
 
-    def shards_of(self, lane: int) -> int:
-        """Number of shards this lane reads."""
-        low, high = self.lane_range(lane)
-        return int(np.searchsorted(self._starts, high) - np.searchsorted(self._starts, low, side="right") + 1)
-
     def sample(self, lane: int, n: int) -> tuple[int, int]:
         """Manifest row and epoch of the lane's n-th sample from this cell."""
         low, high = self.lane_range(lane)

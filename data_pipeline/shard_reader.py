@@ -142,10 +142,6 @@ class ShardReader:
         self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._indices: OrderedDict[int, dict[str, MemberIndex]] = OrderedDict()
 
-    def shape(self, row: int, member: str) -> tuple[int, ...]:
-        """Four-axis shape of a member, from the checked index."""
-        return self._member(row, member).shape
-
     def read_box(
         self, row: int, member: str, channel: int | None, origin: Sequence[int], extent: Sequence[int]
     ) -> np.ndarray:

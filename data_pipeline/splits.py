@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -86,10 +85,3 @@ class Groups:
         roots = sorted({self.find(item) for item in items})  # type: ignore[type-var]
         for root in roots[1:]:
             self._parent[root] = roots[0]
-
-    def members(self) -> dict[Hashable, list[Hashable]]:
-        """Every group by its representative."""
-        groups: dict[Hashable, list[Hashable]] = defaultdict(list)
-        for item in list(self._parent):
-            groups[self.find(item)].append(item)
-        return groups
