@@ -77,11 +77,8 @@ class Attention(nn.Module):
         """x: (S, D); rotary: cos and sin (S, head_dim / 2) or None; masks: see `key_masks`. Gives (S, D)."""
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
         q, k = self.q_norm(q), self.k_norm(k)
-        # on CPU torch's bf16 attention kernel takes 2 to 3 times as long as its float32 one at short lengths
-        inner = torch.float32 if x.is_cpu else x.dtype
         if rotary is not None:
-            q, k = apply_rotary(q, *rotary, dtype=inner), apply_rotary(k, *rotary, dtype=inner)
-        q, k, v = q.to(inner), k.to(inner), v.to(inner)
+            q, k = apply_rotary(q, *rotary, dtype=v.dtype), apply_rotary(k, *rotary, dtype=v.dtype)
         sizes = [n * length for n, length in layout]
         mixed = []
         for (n, length), mask, *parts in zip(layout, masks, q.split(sizes), k.split(sizes), v.split(sizes)):
@@ -91,7 +88,7 @@ class Attention(nn.Module):
             query, key, value = (part.view(n, length, self.heads, -1).transpose(1, 2) for part in parts)
             out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             mixed.append(out.transpose(1, 2).reshape(n * length, self.heads, -1))
-        return self.proj(torch.cat(mixed).flatten(1).to(x.dtype))
+        return self.proj(torch.cat(mixed).flatten(1))
 
 
 class Block(nn.Module):
