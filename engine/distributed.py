@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from engine.errors import UserError
 from engine.recipe import EngineConfig
+from engine.verdict import LAUNCHED
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def join(config: EngineConfig) -> World:
 
 def die_with_parent() -> None:
     """Ask the kernel to kill this worker when torchrun or the launcher dies, so that none trains on alone."""
-    if sys.platform == "linux" and ({"TORCHELASTIC_RUN_ID", "MEDFM_LAUNCHED"} & os.environ.keys()):
+    if sys.platform == "linux" and ({"TORCHELASTIC_RUN_ID", LAUNCHED} & os.environ.keys()):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
         if os.getppid() == 1:
             os.kill(os.getpid(), signal.SIGKILL)

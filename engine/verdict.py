@@ -15,6 +15,7 @@ from engine.errors import UserError
 
 State = Literal["finished", "preempted", "failed", "hung", "out_of_memory"]
 USER_ERROR = 2
+LAUNCHED = "MEDFM_LAUNCHED"  # in the environment of workers whose launcher reads their verdict
 EXIT_CODES: dict[str, int] = {"finished": 0, "failed": 3, "preempted": 75, "hung": 4, "out_of_memory": 5}
 
 
@@ -83,21 +84,23 @@ def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
         run: the run folder where it is known; the verdict of an error before or in `train` is written there.
 
     Returns:
-        The documented exit code. A `UserError` is printed as one line, anything else with its traceback.
+        The documented exit code. A `UserError` is one line, printed by the launcher from the verdict, or by
+        rank 0 where there is no launcher; anything else comes with its traceback.
     """
     try:
         return body().exit_code
     except UserError as error:
-        verdict = Verdict("failed", message=" ".join(str(error).split()), kind="user")
-        if os.environ.get("RANK", "0") == "0":
-            print(f"medfm: {verdict.message}", file=sys.stderr, flush=True)
+        message = " ".join(str(error).split())
     except BaseException as error:
         verdict = record_failure(run, error)
         traceback.print_exc()
         return verdict.exit_code
-    if run is not None and os.environ.get("RANK", "0") == "0":
-        write_verdict(run, Verdict("failed", attempt=read_attempt(run), message=verdict.message, kind="user"))
-    return verdict.exit_code
+    # By every rank: the wrong input may have been met by one of them only, and not by rank 0.
+    if run is not None:
+        write_verdict(run, Verdict("failed", attempt=read_attempt(run), message=message, kind="user"))
+    if (run is None or LAUNCHED not in os.environ) and os.environ.get("RANK", "0") == "0":
+        print(f"medfm: error: {message}", file=sys.stderr, flush=True)
+    return USER_ERROR
 
 
 def record_failure(run: Path | None, error: BaseException, update: int = 0) -> Verdict:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from engine.errors import UserError
-from engine.verdict import Verdict, read_attempt, read_verdict, write_verdict
+from engine.verdict import LAUNCHED, Verdict, read_attempt, read_verdict, write_verdict
 
 RESTARTS = 3
 SHUTDOWN_SECONDS = (
@@ -55,10 +55,12 @@ def run_local(
 
     Raises:
         UserError: no run folder, or a number of processes below 1.
+        OSError: the run folder cannot be made.
     """
     if processes < 1:
         raise UserError(f"--processes {processes}: at least one process is needed")
     folder = Path(run) if run is not None else _folder_of(module, recipe, overrides)
+    folder.mkdir(parents=True, exist_ok=True)
     words = [str(recipe)] if recipe is not None else []
     words += ["--run", str(folder), *overrides]
     if continue_as is not None:
@@ -77,7 +79,9 @@ def run_local(
             file=sys.stderr,
             flush=True,
         )
-    if verdict.state != "finished" and verdict.kind != "user":
+    if verdict.kind == "user":
+        print(f"medfm: error: {verdict.message}", file=sys.stderr, flush=True)
+    elif verdict.state != "finished":
         print(
             f"medfm: {verdict.state} at update {verdict.update}: {verdict.message}",
             file=sys.stderr,
@@ -99,11 +103,13 @@ def _launch(command: Sequence[str], environment: Mapping[str, str], run: Path) -
         _sweep(child.pid)
     verdict = read_verdict(run)
     if verdict is None:
-        text = f"a worker ended without a word (exit code {code}); see {run / 'logs'} and the output above"
-        attempt = read_attempt(run)
-        verdict = Verdict("failed", attempt=attempt if attempt > before else before, message=text)
-        if run.is_dir():
-            write_verdict(run, verdict)
+        attempt = max(before, read_attempt(run))
+        if received and attempt == before:
+            verdict = Verdict("preempted", 0, attempt, "stopped before it had begun; start again to go on")
+        else:
+            text = f"a worker ended without a word (exit code {code}); see {run / 'logs'} and the output"
+            verdict = Verdict("failed", attempt=attempt, message=text)
+        write_verdict(run, verdict)
     return verdict, bool(received)
 
 
@@ -162,7 +168,7 @@ def _environment(processes: int, env: Mapping[str, str] | None) -> dict[str, str
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
         "LOGLEVEL": "CRITICAL",
-        "MEDFM_LAUNCHED": "1",
+        LAUNCHED: "1",
     }
     return {**defaults, **inherited, **(env or {})}
 

@@ -8,67 +8,32 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from data_pipeline.errors import UserError as DataError
 from engine.errors import UserError
 from engine.recipe import load_recipe
-from engine.verdict import Verdict, run_worker
+from engine.verdict import Verdict
+from engine.worker import Arguments, worker_main
 from model.errors import UserError as ModelError
 from pretrain.recipe import PretrainRecipe
 
-USAGE = "usage: python -m pretrain RECIPE.yaml --run DIR [--continue-as NAME] [--section.field value ...]"
 
-
-def split_arguments(words: Sequence[str]) -> tuple[Path, Path, str | None, list[str]]:
-    """Recipe path, run folder, name of a new segment or None, and the recipe's overrides."""
-    rest = list(words)
-    if not rest or rest[0].startswith("--"):
-        raise UserError(f"no recipe given; {USAGE}")
-    recipe = Path(rest.pop(0))
-    found: dict[str, str] = {}
-    overrides: list[str] = []
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if name in ("--run", "--continue-as"):
-            if not equals:
-                if not rest or rest[0].startswith("--"):
-                    raise UserError(f"{name} needs a value; {USAGE}")
-                value = rest.pop(0)
-            found[name] = value
-        else:
-            overrides.append(word)
-    if "--run" not in found:
-        raise UserError(f"--run DIR is missing: the folder for checkpoints and logs; {USAGE}")
-    return recipe, Path(found["--run"]), found.get("--continue-as"), overrides
-
-
-def work(words: Sequence[str]) -> Verdict:
+def work(given: Arguments) -> Verdict:
     """Read the recipe, open the data and train."""
-    path, run, segment, overrides = split_arguments(words)
-    recipe = load_recipe(path, overrides, PretrainRecipe)
+    recipe = load_recipe(given.recipe, given.overrides, PretrainRecipe)
     from engine.train import train
     from pretrain.task import open_task
 
     try:
-        task = open_task(recipe, run)
-        return train(task, recipe.engine, run, continue_as=segment)
+        task = open_task(recipe, given.run)
+        return train(task, recipe.engine, given.run, continue_as=given.segment)
     except (DataError, ModelError) as error:
         raise UserError(str(error)) from None
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one worker; returns the exit code."""
-    arguments = list(sys.argv[1:] if words is None else words)
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return 0
-    try:
-        run = split_arguments(arguments)[1]
-    except UserError:
-        run = None
-    return run_worker(lambda: work(arguments), run)
+    return worker_main("pretrain", work, __doc__, words)
 
 
 if __name__ == "__main__":
