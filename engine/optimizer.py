@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from engine.distributed import World, import_deepspeed
+from engine.errors import UserError
 from engine.recipe import EngineConfig
 from engine.task import Task
 from engine.zero_state import Partition, partition_of
@@ -39,7 +40,15 @@ class Autocast(nn.Module):
 
 
 def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition]:
-    """Build AdamW and the DeepSpeed engine; returns the engine and what this rank owns of the parameters."""
+    """Build AdamW and the DeepSpeed engine; returns the engine and what this rank owns of the parameters.
+
+    Raises UserError for ZeRO 3 over several ranks with a model whose calls depend on the data.
+    """
+    if config.zero_stage == 3 and world.size > 1 and getattr(task.model, "calls_vary", False):
+        raise UserError(
+            "engine.zero_stage 3: ranks call this model's parts in different numbers, and ZeRO 3 gathers "
+            "weights at each call; use stage 0, 1 or 2"
+        )
     deepspeed = import_deepspeed()
     names: Mapping[nn.Parameter, str] = {p: n for n, p in task.model.named_parameters()}
     groups = [g for g in task.optimizer_groups() if g["params"]]

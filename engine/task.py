@@ -33,7 +33,8 @@ class Task(Protocol):
     parameters and gradients are float32.
 
     Optional hooks, used when present: `model.set_checkpointing(bool)`, `model.blocks_to_compile() ->
-    Iterable[nn.Module]`.
+    Iterable[nn.Module]`, `model.calls_vary = True` where the number or order of calls of its parts
+    depends on the data (ZeRO 3 gathers a part's weights from all ranks at its call, so it is refused).
     """
 
     model: nn.Module

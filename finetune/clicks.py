@@ -26,6 +26,8 @@ class ClickTraining(nn.Module):
     through the previous logits.
     """
 
+    calls_vary = True  # a hook of the engine: how often the parts are called depends on a rank's windows
+
     def __init__(
         self, model: PromptableModel, config: PromptTraining, samples_per_update: int, seed: int
     ) -> None:
@@ -44,12 +46,16 @@ class ClickTraining(nn.Module):
         device = self.net.prompt.base.device
         low, high = self.config.rounds
         rounds = int(rng(self.seed, batch.update, "rounds").integers(low, high + 1))
-        total = torch.zeros((), device=device)
         metrics: Metrics = {}
+        # A 0 that every parameter takes part in. It comes before the windows, so it is the last thing in the
+        # backward pass: gradients are then ready in one order on every rank, whatever its windows are, and
+        # ZeRO 2 reduces them in that order.
+        total = torch.zeros((), device=device)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                total = total + parameter.flatten()[:0].sum()
         for windows in batch.windows:
             total = total + self._clicks(windows.to(device), rounds, metrics)
-        if self.net.encoder is not None and not self.net.frozen:
-            total = total + cast(Any, self.net.encoder).zero_touch()
         return total / self.samples_per_update, metrics
 
     def _clicks(self, windows: Windows, rounds: int, metrics: Metrics) -> Tensor:
