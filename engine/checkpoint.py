@@ -190,9 +190,13 @@ def tidy(run: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def prune(run: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`."""
-    folders = sorted((run / "checkpoints").glob("update-*"))
+def prune(run: Path, newest: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`.
+
+    `newest` is the one just saved. Later ones are damaged and were left out when the run resumed: they
+    count for nothing, or they would push out the good one.
+    """
+    folders = sorted(p for p in (run / "checkpoints").glob("update-*") if p.name <= newest.name)
     for folder in folders[:-keep_last]:
         update = int(folder.name.removeprefix("update-"))
         if not (keep_every and update % keep_every == 0):

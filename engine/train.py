@@ -155,13 +155,14 @@ class _Loop:
                 text = f"{progress.bad_in_a_row} updates in a row were not finite, {where}"
                 text += "; lower engine.lr or look at the data there"
                 return Verdict("failed", progress.update, self.attempt, text)
-            if not applied or asked:
-                continue
             last = progress.update == config.updates
+            if not applied or (asked and not last):
+                continue
+            # Saved first: what goes wrong in an evaluation costs no update.
+            if last or (config.checkpoint_every and progress.update % config.checkpoint_every == 0):
+                self._save()
             if last or (config.evaluate_every and progress.update % config.evaluate_every == 0):
                 self._evaluate()
-            if config.checkpoint_every and progress.update % config.checkpoint_every == 0 and not last:
-                self._save()
         self._save()
         if progress.update >= config.updates:
             return Verdict("finished", progress.update, self.attempt)
@@ -282,7 +283,7 @@ class _Loop:
             self.task.export,
         )
         if self.world.rank == 0:
-            checkpoint.prune(self.run, self.config.keep_last, self.config.keep_every)
+            checkpoint.prune(self.run, folder, self.config.keep_last, self.config.keep_every)
         self.saved_at = (self.progress.update, self.progress.position)
         self.logs.event("checkpoint", name=folder.name, seconds=round(time.perf_counter() - began, 3))
 

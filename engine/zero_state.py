@@ -8,6 +8,7 @@ engine judges once and tells it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class Slice:
     exp_avg_sq: Tensor
 
 
-class Partition:
+class Partition(ABC):
     """What one rank owns of the trainable parameters, at one ZeRO stage.
 
     Args:
@@ -46,25 +47,25 @@ class Partition:
         self.adam: torch.optim.Optimizer = engine.basic_optimizer
         self._prepare()
 
+    @abstractmethod
     def slices(self) -> Iterator[Slice]:
         """Every slice this rank owns; over all ranks they cover each trainable parameter once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(self) -> list[Tensor]:
         """Owned parts of the reduced gradient, between the last backward pass of an update and `apply`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flat_parameters(self) -> list[Tensor]:
         """The tensors AdamW steps on this rank; its state is keyed by them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, scale: float) -> None:
         """Scale the gradient (clipping) and let DeepSpeed take the optimizer step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop(self) -> None:
         """Forget the gradient: no weight, moment or step count changes."""
-        raise NotImplementedError
 
     def set_steps(self, steps: int) -> None:
         """Set Adam's step count (its bias correction) everywhere."""

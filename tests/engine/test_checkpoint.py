@@ -195,6 +195,20 @@ def test_pruning_keeps_the_newest_and_the_milestones(
     run = tmp_path_factory.mktemp("prune")
     for update in updates:
         (run / "checkpoints" / f"update-{update:08d}").mkdir(parents=True)
-    checkpoint.prune(run, last, every)
+    checkpoint.prune(run, run / "checkpoints" / f"update-{max(updates):08d}", last, every)
     kept = {int(p.name.removeprefix("update-")) for p in (run / "checkpoints").iterdir()}
     assert kept == set(sorted(updates)[-last:]) | {u for u in updates if every and u % every == 0}
+
+
+def test_pruning_never_prefers_a_damaged_checkpoint_to_the_one_just_saved(
+    tmp_path: Path, world: World
+) -> None:
+    """A run that fell back from a damaged update 9 to 4 and saved 6 keeps 6, whatever `keep_last` says."""
+    for update in (4, 9):
+        store(tmp_path, world, update)
+    (tmp_path / "checkpoints" / "update-00000009" / "state.json").write_text("")
+    saved = store(tmp_path, world, 6)
+    checkpoint.prune(tmp_path, saved, keep_last=1, keep_every=0)
+    found = checkpoint.newest(tmp_path, world, lambda _: None)
+    assert found is not None
+    assert found.folder == saved

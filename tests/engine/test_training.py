@@ -233,15 +233,16 @@ def test_sigkill_and_restart_give_the_same_bits(runs: Path, tmp_path: Path, proc
     assert list(losses(tmp_path)) == list(range(1, UPDATES + 1))
 
 
-def test_a_killed_run_that_may_not_restart_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [*COMMON, "--die_at", "1"]
-    assert run_local("toy_worker", None, words, 1, run=tmp_path, env=ENV) == 3
-    assert "without a word" in capsys.readouterr().err
-    verdict = read_verdict(tmp_path)
-    assert verdict is not None
-    assert verdict.state == "failed"
+def test_an_evaluation_that_fails_costs_no_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> dict[str, float]:
+        raise RuntimeError("no picture today")
+
+    config = EngineConfig(updates=2, precision="fp32", device="cpu", checkpoint_every=0)
+    task = ToyTask(ToyRecipe(engine=config), tmp_path)
+    monkeypatch.setattr(task, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="no picture"):
+        train(task, config, tmp_path)
+    assert (tmp_path / "checkpoints" / "update-00000002" / "complete.json").is_file()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -252,6 +253,7 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(
     assert code == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1, lines
+    assert lines[0].startswith("medfm: error: ")
     assert "did you mean `engine.updates`?" in lines[0]
 
 
