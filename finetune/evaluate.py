@@ -62,6 +62,9 @@ def evaluate_clicks(
     Raises:
         UserError: nothing to evaluate, or cases that were seen in training.
     """
+    for name, number in (("clicks", clicks), ("limit", limit)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} {number}: at least 1")
     manifest = data if isinstance(data, Manifest) else Manifest.open(data)
     net, plan = (model, None) if isinstance(model, PromptableModel) else load_model(model, device)
     chosen = _rows(manifest, rows, split, sources)
@@ -115,17 +118,21 @@ def seen_before(
     """How many rows share a subject or an image with fine-tuning and with pretraining; None where the plan
     does not say."""
     subject, content = (manifest.column(name)[rows].astype(str) for name in ("subject", "content_hash"))
-    found: dict[str, int | None] = {}
-    for name, summary in (
-        ("seen_in_training", training),
-        ("seen_in_pretraining", None if training is None else training.get("pretraining")),
-    ):
-        if not summary or "subject_keys" not in summary or "content_hashes" not in summary:
-            found[name] = None if summary != {} else 0
-            continue
-        hit = np.isin(subject, summary["subject_keys"]) | np.isin(content, summary["content_hashes"])
-        found[name] = int(hit.sum())
-    return found
+
+    def count(stages: Sequence[dict[str, Any]]) -> int | None:
+        told = [s for s in stages if "subject_keys" in s and "content_hashes" in s]
+        hit = np.zeros(len(rows), dtype=bool)
+        for stage in told:
+            hit |= np.isin(subject, stage["subject_keys"]) | np.isin(content, stage["content_hashes"])
+        return int(hit.sum()) if hit.any() or len(told) == len(stages) else None
+
+    if training is None:
+        return {"seen_in_training": None, "seen_in_pretraining": None}
+    # The encoder may come from a fine-tuned model, whose encoder was pretrained, and so on.
+    before: list[dict[str, Any]] = []
+    while training_before := (before[-1] if before else training).get("pretraining"):
+        before.append(training_before)
+    return {"seen_in_training": count([training]), "seen_in_pretraining": count(before)}
 
 
 def _rows(

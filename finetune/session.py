@@ -87,7 +87,6 @@ class PromptableSession:
         Raises:
             UserError: unreadable, of another number of channels than the model, without spacing or modality.
         """
-        self._array_order = isinstance(image, np.ndarray)
         volume = volume_of(image, spacing, modality).to_lps()
         if len(volume.channels) != self.net.config.channels:
             raise UserError(
@@ -102,6 +101,7 @@ class PromptableSession:
         a, b, c = axes
         self._axes = (a, b, c)
         self._volume = volume
+        self._array_order = isinstance(image, np.ndarray)
         self._predictor = Predictor(
             self.net,
             image_lps.transpose(0, 1 + a, 1 + b, 1 + c),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +29,7 @@ def training_rows(manifest: Manifest, recipe: FinetuneRecipe) -> np.ndarray:
     Raises UserError where there are fewer than asked for.
     """
     data = recipe.data
-    rows = manifest.select(split=data.split, labelled=True)
-    for column, wanted in (("source", data.sources), ("modality", data.modalities)):
-        if wanted:
-            rows = rows[np.isin(manifest.column(column)[rows].astype(str), list(wanted))]
+    rows = _chosen(manifest, recipe, data.split)
     if len(rows) == 0:
         raise UserError(
             f"{data.root}: no labelled sample in split {data.split!r} of the chosen sources and modalities; "
@@ -46,6 +44,24 @@ def training_rows(manifest: Manifest, recipe: FinetuneRecipe) -> np.ndarray:
         # By key, so that the draw does not depend on how the samples lie in shards.
         by_key = rows[np.argsort(manifest.column("key")[rows].astype(str))]
         rows = np.sort(rng(data.case_seed, 0, "cases").permutation(by_key)[: data.cases])
+    return rows
+
+
+def held_out_rows(manifest: Manifest, recipe: FinetuneRecipe) -> np.ndarray:
+    """The rows of the evaluation during the run: of the sources and modalities trained on, with the model's
+    channels and labels that no model made."""
+    rows = _chosen(manifest, recipe, recipe.data.held_out)
+    fits = manifest.column("shape")[rows, 0] == recipe.head.channels
+    fits &= manifest.column("label_origin")[rows].astype(str) != "model"
+    return rows[fits][: recipe.evaluation.cases]
+
+
+def _chosen(manifest: Manifest, recipe: FinetuneRecipe, split: str) -> np.ndarray:
+    """The labelled rows of a split of the recipe's sources and modalities, sorted."""
+    rows = manifest.select(split=split, labelled=True)
+    for column, wanted in (("source", recipe.data.sources), ("modality", recipe.data.modalities)):
+        if wanted:
+            rows = rows[np.isin(manifest.column(column)[rows].astype(str), list(wanted))]
     return rows
 
 
@@ -111,20 +127,16 @@ class FinetuneTask:
         """Mean Dice by click on a few held-out cases, on rank 0."""
         from finetune.evaluate import evaluate_clicks
 
-        rows = self.manifest.select(split=self._recipe.data.held_out, labelled=True)[
-            : self._recipe.evaluation.cases
-        ]
+        rows = held_out_rows(self.manifest, self._recipe)
         if rank != 0 or len(rows) == 0:
             return {}
         report = evaluate_clicks(
-            self.net, self.manifest, rows, clicks=self._recipe.evaluation.clicks, controls=False
-        )
-        scalars = {
+            self.net, self.manifest, rows, clicks=self._recipe.evaluation.clicks, controls=False,
+            precision=self._recipe.engine.precision,
+        )  # fmt: skip
+        return {
             f"held_out/dice_click_{i + 1}": d for i, d in enumerate(report["mean"]["dsc"]) if d is not None
         }
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, update)
-        return scalars
 
     def pictures(self, update: int, rank: int, world: int, writer: Writer) -> None:
         """None yet: `medfm segment` and the report draw them."""
@@ -155,6 +167,16 @@ class FinetuneTask:
                 group["weight_decay"] = 0.0
             group["params"].append(parameter)
         return list(groups.values())
+
+
+def open_task(recipe: FinetuneRecipe, run: Path) -> FinetuneTask:
+    """The task of a recipe whose files go to `run`.
+
+    Raises UserError for a recipe without data and for whatever is wrong with the data or the encoder.
+    """
+    if not recipe.data.root:
+        raise UserError("data.root is not set; give the shard folder: --data.root DIR")
+    return FinetuneTask(recipe.model_copy(update={"run": os.fspath(run)}))
 
 
 def _blocks_above(name: str, depth: int) -> int:

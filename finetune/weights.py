@@ -66,8 +66,9 @@ def export_model(
     )
     spacing = manifest.column("spacing")[rows]
     pretraining: dict[str, Any] = {}
-    if before is not None and not recipe.encoder.from_scratch:
-        pretraining = dict(before.training_data)
+    if recipe.encoder.path and not recipe.encoder.from_scratch:
+        known = {} if before is None else before.training_data
+        pretraining = dict(known) or {"unknown": "the encoder's plan does not say what it was trained on"}
     plan = AdaptationPlan(
         architecture=encoder_config,
         spacing_range=(float(spacing.min()), float(spacing.max())),
@@ -123,14 +124,25 @@ def find_weights_folder(path: Path) -> Path:
     raise UserError(f"{path}: no such file or folder; give the run folder of a `medfm finetune`")
 
 
+def device_of(name: torch.device | str) -> torch.device:
+    """The device of that name; UserError where this machine has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {name}: not on this machine; use cpu, or cuda with a GPU") from None
+    return device
+
+
 def load_model(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[PromptableModel, AdaptationPlan]:
     """A fine-tuned model in eval mode and its plan.
 
-    Raises UserError, one line, where the folder holds no such model or its weights are not those its plan
-    states.
+    Raises UserError, one line, where there is no such device, the folder holds no such model or its weights
+    are not those its plan states.
     """
+    device = device_of(device)
     weights, plan_path = find_model(path)
     plan = read_plan(plan_path)
     if plan.head is None or plan.head.get("kind") != "promptable":

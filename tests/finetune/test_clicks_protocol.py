@@ -109,6 +109,9 @@ def test_seen_subjects_and_images_are_counted():
         seen_before(manifest, rows, {**training, "pretraining": {"samples": 3}})["seen_in_pretraining"]
         is None
     )
+    later = {"subject_keys": ["s4"], "content_hashes": [], "pretraining": training}
+    assert seen_before(manifest, rows, later) == {"seen_in_training": 1, "seen_in_pretraining": 4}
+    assert seen_before(manifest, rows, {})["seen_in_training"] is None
     assert seen_before(manifest, rows, None) == {"seen_in_training": None, "seen_in_pretraining": None}
 
 
@@ -118,7 +121,9 @@ def test_the_report_is_json():
     report = {
         "mean": means, "n_objects": 2, "n_images": 1, "n_subjects": 1, "nsd_tolerance_mm": 1.0,
         "seen_in_training": 0, "seen_in_pretraining": None,
+        "n_model_labels_left_out": 0, "n_other_channels_left_out": 3,
     }  # fmt: skip
     text = evaluate.describe(report)
     assert "1.000  1.000  1.000  1.000  1.000  4.000" in text
     assert "in pretraining: unknown" in text
+    assert "left out, other number of channels: 3 images" in text

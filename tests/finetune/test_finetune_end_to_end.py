@@ -14,11 +14,13 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.sources import SourceConfig
 from engine.errors import UserError
 from engine.recipe import load_recipe
-from finetune.evaluate import evaluate_clicks
+from finetune.evaluate import evaluate_clicks, seen_before
 from finetune.recipe import FinetuneRecipe
 from finetune.session import PromptableSession
-from finetune.task import FinetuneTask, training_rows
+from finetune.task import FinetuneTask, held_out_rows, training_rows
 from finetune.weights import load_model
+from model.encoder import Encoder, EncoderConfig
+from model.weights import save_encoder
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,32 @@ def test_cases_are_a_fixed_draw_and_too_many_are_refused(shards):
         rows(cases=99)
     with pytest.raises(UserError, match="no labelled sample"):
         rows(modalities=("CT",))
+
+
+def test_the_evaluation_during_a_run_takes_only_images_the_model_can_read(shards):
+    manifest, recipe = Manifest.open(shards), recipe_for(shards)
+    held_out = held_out_rows(manifest, recipe)
+    assert len(held_out) > 0
+    assert set(held_out) <= set(manifest.select(split="val", labelled=True))
+    one_channel = recipe.model_copy(update={"head": recipe.head.model_copy(update={"channels": 1})})
+    assert len(held_out_rows(manifest, one_channel)) == 0
+    other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"modalities": ("CT",)})})
+    assert len(held_out_rows(manifest, other)) == 0
+
+
+def test_an_encoder_of_unknown_training_is_not_called_unseen(shards, tmp_path):
+    save_encoder(tmp_path / "encoder", Encoder(EncoderConfig(size="nano")))
+    recipe = recipe_for(shards, workers=0)
+    seen = {}
+    for scratch in (False, True):
+        choice = recipe.encoder.model_copy(
+            update={"path": str(tmp_path / "encoder"), "from_scratch": scratch}
+        )
+        task = FinetuneTask(recipe.model_copy(update={"encoder": choice}))
+        task.export(task.model.state_dict(), tmp_path / f"{scratch}")
+        _, plan = load_model(tmp_path / f"{scratch}")
+        seen[scratch] = seen_before(task.manifest, task.rows, plan.training_data)["seen_in_pretraining"]
+    assert seen == {False: None, True: 0}
 
 
 def test_the_shipped_recipe_is_valid():

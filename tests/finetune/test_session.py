@@ -255,3 +255,12 @@ def test_a_model_folder_is_found_by_file_and_by_run(tmp_path):
         if update.endswith("10"):
             (folder / "complete.json").write_text("{}")
     assert find_model(tmp_path)[0].parent.name == "update-00000010"
+
+
+def test_an_image_that_is_refused_leaves_the_one_before_as_it_was(net, image):
+    session, other = session_for(net, image), session_for(net, image)
+    with pytest.raises(UserError, match="spacing"):
+        session.set_image(np.zeros((9, 9, 9)), modality="MR")
+    for each in (session, other):
+        each.add_point((4, 11, 6))
+    assert np.array_equal(session.predict(), other.predict())
