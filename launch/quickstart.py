@@ -7,11 +7,15 @@ split -> export, loaded again and compared. Ends with a table, `summary.json` an
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,8 +27,9 @@ from launch.stages import CommandFailed, Stages
 CLICKS = (1, 3, 5)
 MARK = ".medfm-quickstart"
 RECIPES = Path(str(files("launch"))) / "recipes"
-_FOLDERS = ("phantoms", "dataset", "dataset-private", "dataset.partial", "pretrain", "finetune-pretrained",
-            "finetune-scratch", "segment", "export", "logs")  # fmt: skip
+_MADE = ("phantoms", "dataset", "dataset-private", "dataset.partial", "pretrain", "finetune-pretrained",
+         "finetune-scratch", "segment", "clicks-pretrained.json", "clicks-scratch.json", "export", "logs",
+         "summary.json", "report.html")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,10 @@ def quickstart(out: str, *, data: str | None = None, short: bool = False, proces
         raise UserError(f"--processes {processes}: at least 1")
     if fields and data is None:
         raise UserError(f"{fields[0]!r} describes your own scans; give them with --data DIR")
-    folder = prepare_folder(Path(out))
+    folder = Path(out)
     began = time.monotonic()
     try:
-        with Stages(folder) as stages:
+        with own_folder(folder), Stages(folder) as stages:
             summary = _job(
                 folder, stages, SHORT if short else FULL, Path(data) if data else None, processes, fields
             )
@@ -67,13 +72,17 @@ def quickstart(out: str, *, data: str | None = None, short: bool = False, proces
     except CommandFailed as failed:
         if failed.code == 2:
             raise UserError(str(failed).splitlines()[-1].removeprefix("medfm: error: ")) from None
-        print(f"medfm: {failed}")
+        print(f"medfm: {failed}", file=sys.stderr)
         return failed.code
 
 
-def prepare_folder(folder: Path) -> Path:
-    """Make the folder, or clear what an earlier quickstart left in it; a folder of anything else is
-    refused.
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make the folder, or clear what an earlier quickstart left in it, and keep other quickstarts out.
+
+    Raises:
+        UserError: it holds anything else, another quickstart runs in it, or something in it cannot be
+            deleted.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder with --out")
@@ -82,12 +91,26 @@ def prepare_folder(folder: Path) -> Path:
             f"{folder}: is not empty and not of an earlier quickstart; give another folder with --out"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
-    for name in _FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("summary.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-    return folder
+    with open(folder / MARK, "w") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another quickstart is running there; wait for it, or give another --out"
+            ) from None
+        for name in _MADE:
+            left = folder / name
+            try:
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"{left}: left by an earlier quickstart and cannot be deleted ({error.strerror}); "
+                    "delete it, or give another --out"
+                ) from None
+        yield
 
 
 def _job(

@@ -19,7 +19,8 @@ import torch
 
 from engine.errors import UserError
 from engine.recipe import load_recipe
-from pretrain.__main__ import main, split_arguments
+from engine.worker import split_arguments
+from pretrain.__main__ import main
 from pretrain.recipe import PretrainRecipe
 from pretrain.task import open_task
 
@@ -243,17 +244,25 @@ def test_wrong_input_is_one_line_and_code_2(
 def test_arguments() -> None:
     words = ["r.yaml", "--engine.lr", "1e-3", "--run", "out", "--continue-as=second", "--engine.compile"]
     expected = (Path("r.yaml"), Path("out"), "second", ["--engine.lr", "1e-3", "--engine.compile"])
-    assert split_arguments(words) == expected
+    assert split_arguments(words, "pretrain") == expected
     for wrong in ([], ["--run", "x"], ["r.yaml"], ["r.yaml", "--run"], ["r.yaml", "--run", "--engine.lr"]):
         with pytest.raises(UserError):
-            split_arguments(wrong)
+            split_arguments(wrong, "pretrain")
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Uninterrupted runs on one process and on two, in folders `1` and `2`."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    for processes in (1, 2):
+        train(folder / "recipe.yaml", shards, folder / str(processes), processes)
+    return folder
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(recipe: Path, shards: Path, tmp_path: Path) -> None:
-    for processes in (1, 2):
-        train(recipe, shards, tmp_path / str(processes), processes)
-    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+def test_two_processes_train_like_one(whole: Path) -> None:
+    one, two = losses(whole / "1"), losses(whole / "2")
     assert one.keys() == two.keys() == set(range(1, 13))
     assert [two[u] for u in sorted(two)] == pytest.approx([one[u] for u in sorted(one)], rel=1e-5)
 
@@ -261,10 +270,9 @@ def test_two_processes_train_like_one(recipe: Path, shards: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_started_again_gives_the_same_bits(
-    processes: int, recipe: Path, shards: Path, tmp_path: Path
+    processes: int, recipe: Path, shards: Path, whole: Path, tmp_path: Path
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(recipe, shards, whole, processes)
+    killed = tmp_path / "killed"
     child = subprocess.Popen(
         command(recipe, shards, killed, processes), cwd=REPOSITORY, env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -282,7 +290,7 @@ def test_a_killed_run_started_again_gives_the_same_bits(
     child.wait(timeout=30)
     assert max(losses(killed)) < 12, "the kill came too late to mean anything"
     train(recipe, shards, killed, processes)
-    before, after = weights(whole), weights(killed)
+    before, after = weights(whole / str(processes)), weights(killed)
     assert before.keys() == after.keys()
     assert len(before) == processes + 1  # each rank's slices, and the encoder for use
     assert all(before[name] == after[name] for name in before)
@@ -317,10 +325,11 @@ class Task:
     def export(self, state, folder): pass
     def optimizer_groups(self): return [{{"params": list(self.model.parameters())}}]
 
-config = EngineConfig(
-    updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=int(sys.argv[1]), threads=1, log_every=1
-)
-sys.exit(train(Task(), config, Path(sys.argv[2])).exit_code)
+for stage in range(4):
+    config = EngineConfig(
+        updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=stage, threads=1, log_every=1
+    )
+    train(Task(), config, Path(sys.argv[1]) / f"zero-{{stage}}")
 '''
 
 
@@ -328,16 +337,12 @@ sys.exit(train(Task(), config, Path(sys.argv[2])).exit_code)
 def test_ranks_that_see_different_stems_train_alike_at_every_zero_stage(tmp_path: Path) -> None:
     script = tmp_path / "different_stems.py"
     script.write_text(STEMS.format(repository=str(REPOSITORY), tests=str(Path(__file__).parent)))
-    found = []
-    for stage in range(4):
-        run = tmp_path / f"zero-{stage}"
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-        done = subprocess.run(
-            [*start, str(script), str(stage), str(run)],
-            env=environment(), capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append([loss for _, loss in sorted(losses(run).items())])
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    done = subprocess.run(
+        [*start, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [[x for _, x in sorted(losses(tmp_path / f"zero-{stage}").items())] for stage in range(4)]
     assert found[0][-1] < found[0][0]
     for stage in (1, 2, 3):
         assert found[stage] == pytest.approx(found[0], rel=1e-4)
