@@ -204,6 +204,7 @@ def test_pruning_never_prefers_a_damaged_checkpoint_to_the_one_just_saved(
     tmp_path: Path, world: World
 ) -> None:
     """A run that fell back from a damaged update 9 to 4 and saved 6 keeps 6, whatever `keep_last` says."""
+    write_text(tmp_path / "attempt", "1\n")
     for update in (4, 9):
         store(tmp_path, world, update)
     (tmp_path / "checkpoints" / "update-00000009" / "state.json").write_text("")
