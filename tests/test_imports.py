@@ -1,4 +1,4 @@
-"""The rooms import one another in one direction only, and heavy libraries stay out of where they are not needed."""
+"""The rooms import one another in one direction only; heavy libraries stay out of where they are not needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ def imported_rooms(file: Path) -> set[str]:
 def test_imports_run_one_way(room: str) -> None:
     files = list((ROOT / room).rglob("*.py"))
     assert files
-    wrong = {str(f.relative_to(ROOT)): extra for f in files if (extra := imported_rooms(f) - MAY_IMPORT[room] - {room})}
+    wrong = {
+        str(f.relative_to(ROOT)): extra
+        for f in files
+        if (extra := imported_rooms(f) - MAY_IMPORT[room] - {room})
+    }
     assert not wrong
 
 
@@ -57,5 +61,7 @@ CLUSTER = ("deepspeed", "webdataset", "dask")
 )
 def test_heavy_libraries_stay_out(modules: str, forbidden: tuple[str, ...]) -> None:
     code = f"import sys, {modules}; print(*[m for m in {forbidden!r} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
     assert out.stdout.split() == []
