@@ -1,4 +1,4 @@
-"""The rooms import one another in one direction only; heavy libraries stay out of where they are not needed."""
+"""The rooms import one another in one direction only; heavy libraries stay where they are needed."""
 
 from __future__ import annotations
 
