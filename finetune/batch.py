@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from data_pipeline.geometry import PATCH
 from data_pipeline.rng import rng
-from data_pipeline.stream import Crop
 from engine.errors import UserError
 from finetune.network import Scale, Triple, scales_for, window_multiple
 from finetune.recipe import AugmentConfig
 from model.normalise import background, normalise
+
+if TYPE_CHECKING:  # evaluation reads crops by itself and does without webdataset
+    from data_pipeline.stream import Crop
 
 INVALID = -32768
 IGNORE = 255
