@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.errors import UserError
@@ -19,7 +18,7 @@ from finetune.promptable import HeadConfig, PromptableModel
 from model.config import EncoderConfig
 from model.encoder import Encoder
 from model.plan import PLAN_FILE, AdaptationPlan, installed_versions, read_plan, write_plan
-from model.weights import ENCODER_PREFIX, MODEL_FILE, find_weights, load_encoder, save_encoder
+from model.weights import ENCODER_PREFIX, MODEL_FILE, find_weights, load_encoder, save_encoder, save_tensors
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
@@ -94,9 +93,7 @@ def export_model(
         save_encoder(folder, own, plan)
     else:
         (folder / PLAN_FILE).unlink(missing_ok=True)
-    temporary = folder / f".{MODEL_FILE}.{os.getpid()}.part"
-    save_file({name: tensor.detach().float().contiguous().cpu() for name, tensor in state.items()}, temporary)
-    os.replace(temporary, folder / MODEL_FILE)
+    save_tensors(folder / MODEL_FILE, {name: tensor.float() for name, tensor in state.items()})
     write_plan(folder / PLAN_FILE, plan)
 
 

@@ -66,11 +66,19 @@ def save_encoder(
         plan = plan.model_copy(update={"versions": installed_versions()})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PLAN_FILE).unlink(missing_ok=True)
-    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}.part"
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, temporary)
-    os.replace(temporary, folder / WEIGHTS_FILE)
+    save_tensors(folder / WEIGHTS_FILE, state)
     write_plan(folder / PLAN_FILE, plan)
     return folder
+
+
+def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a state dict as safetensors in one step, readable as the umask says (the library makes it 0600)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, temporary)
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    os.replace(temporary, path)
 
 
 def find_weights(path: str | Path) -> tuple[Path, Path]:

@@ -72,6 +72,11 @@ def test_a_state_dict_saves_like_its_module(tmp_path: Path) -> None:
         save_encoder(tmp_path, encoder.state_dict())
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "shared", build())
+    assert (folder / "encoder.safetensors").stat().st_mode == (folder / "plan.json").stat().st_mode
+
+
 def test_the_newest_complete_checkpoint_of_a_run(tmp_path: Path) -> None:
     encoders = {}
     for update, complete in ((9, True), (10, True), (100, False)):
