@@ -72,7 +72,7 @@ def save_encoder(
 
 
 def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a state dict as safetensors in one step, readable as the umask says (the library makes it 0600)."""
+    """Write a state dict as safetensors in one step, as readable as any new file (the library says 0600)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, temporary)
     umask = os.umask(0)
