@@ -42,7 +42,7 @@ class Size:
     test_images: int
 
 
-FULL = Size(subjects=18, pretrain_updates=200, finetune_updates=100, test_images=4)
+FULL = Size(subjects=18, pretrain_updates=200, finetune_updates=80, test_images=4)
 SHORT = Size(subjects=6, pretrain_updates=12, finetune_updates=8, test_images=1)
 
 
