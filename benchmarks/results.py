@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,19 @@ def held_out(run: Path) -> dict[str, list[tuple[int, float, float, float]]]:
                 point = (values["update"], *(values[key + end] for end in ("", "_mean", "_interpolation")))
                 found.setdefault(name, []).append(point)
     return found
+
+
+def dataset_line(root: Path) -> str:
+    """Images by split, how many are stored with an error, and the largest in shares of its clip range."""
+    from data_pipeline.manifest import Manifest
+
+    manifest = Manifest.open(root)
+    splits = Counter(manifest.column("split").astype(str).tolist())
+    rows = [row for i in range(len(manifest)) if (row := manifest.row(i))["max_error"] > 0]
+    worst = max((row["max_error"] / min(n[3] - n[2] for n in row["norm"]) for row in rows), default=0.0)
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(splits.items()))
+    error = f"{len(rows)} stored with an error of at most {worst:.2g} of the clip range"
+    return f"{len(manifest)} images ({counts}); {error}"
 
 
 def pretraining_table(found: dict[str, list[tuple[int, float, float, float]]]) -> list[str]:
@@ -99,9 +113,12 @@ def main() -> None:
     parser.add_argument(
         "--scores", nargs="+", required=True, metavar="NAME=FILE.json", help="medfm evaluate --json"
     )
+    parser.add_argument("--dataset", type=Path, help="shard dataset, for its counts")
     parser.add_argument("--out", type=Path, help="folder for the charts")
     args = parser.parse_args()
     found = held_out(args.pretrain)
+    if args.dataset:
+        print(dataset_line(args.dataset), end="\n\n")
     named = (pair.split("=", 1) for pair in args.scores)
     scores = {name: json.loads(Path(file).read_text(encoding="utf-8")) for name, file in named}
     print(*pretraining_table(found), "", *clicks_table(scores), sep="\n")

@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from scan_files import phantom, write_nifti
 
 from data_pipeline.build import BuildReport, build, build_from_recipe, label_ids
 from data_pipeline.errors import UserError
@@ -19,25 +20,6 @@ from data_pipeline.sources import SourceConfig
 from data_pipeline.storage import ShardReader
 from data_pipeline.verify import verify
 from data_pipeline.volume import Volume
-
-
-def write_nifti(
-    path: Path, array_xyz: np.ndarray, spacing: tuple[float, ...] = (1.0, 1.0, 1.0), ras: bool = True
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    affine = np.diag([*spacing, 1.0]) @ np.diag([1 if ras else -1, 1 if ras else -1, 1, 1])
-    image = nib.Nifti1Image(array_xyz, affine)
-    image.set_sform(affine, 1)
-    image.header["descrip"] = b"SmithJohn 1947"
-    nib.save(image, path)
-    return path
-
-
-def phantom(seed: int, shape: tuple[int, ...] = (22, 18, 14)) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    body = np.full(shape, -1000.0)
-    body[4:-4, 4:-4, 2:-2] = 40 + generator.normal(0, 20, tuple(n - m for n, m in zip(shape, (8, 8, 4))))
-    return np.rint(body).astype(np.int16)
 
 
 def index_of(report: BuildReport) -> list[dict[str, Any]]:
