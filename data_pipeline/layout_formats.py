@@ -173,7 +173,7 @@ def folder(src: SourceConfig) -> list[Case]:
 def dicom_tree(src: SourceConfig) -> list[Case]:
     """Every DICOM image series below the folder, by SeriesInstanceUID; other DICOM objects come as refused
     cases."""
-    from data_pipeline.readers.dicom import series_in
+    from data_pipeline.readers.dicom_series import series_in
 
     found, bad = series_in(_files(src))
     cases = []

@@ -8,7 +8,6 @@ one right-angled, evenly spaced grid is refused with a code.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,92 +18,16 @@ import numpy as np
 from data_pipeline.errors import Quarantined
 from data_pipeline.privacy import technical_fields
 from data_pipeline.readers import dicom_pixels
+from data_pipeline.readers.dicom_kinds import MODALITIES, listed, refusal
+from data_pipeline.readers.dicom_series import files_of_series, read_header
 from data_pipeline.readers.raw import Raw
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PT", "CR": "XR", "DX": "XR", "RG": "XR", "MG": "XR", "XR": "XR"}
-NOT_IMAGES = {
-    "RTSTRUCT",
-    "RTPLAN",
-    "RTDOSE",
-    "RTRECORD",
-    "SEG",
-    "SR",
-    "PR",
-    "KO",
-    "REG",
-    "FID",
-    "RWV",
-    "DOC",
-    "AU",
-    "ECG",
-}
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame children .1 to .4
 EVEN = 0.05  # largest deviation of a slice distance, as a share of the median
 OFF_GRID = 0.1  # largest distance of a slice from its place on the even grid, in slice distances
 DRIFT = 0.5  # largest sideways shift of a slice against the first, in in-plane pixels
-
-
-@dataclass(frozen=True)
-class Series:
-    """Files of one SeriesInstanceUID. ``code`` is why it is not an image, or None. The UID identifies:
-    memory only."""
-
-    uid: str
-    study: str
-    patient: str
-    modality: str | None
-    files: tuple[Path, ...]
-    code: str | None
-
-
-def series_in(paths: Iterable[Path]) -> tuple[list[Series], list[tuple[Path, Quarantined]]]:
-    """Group files by SeriesInstanceUID (by folder where it was removed) from their headers, skipping other
-    formats.
-
-    Also returns the files that claim to be DICOM (by suffix or magic) and cannot be read.
-    """
-    groups: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
-    bad = []
-    for path in sorted(paths):
-        if path.name.upper() == "DICOMDIR" or not _claims_dicom(path):
-            continue
-        try:
-            header = _header(path)
-        except Quarantined as error:
-            bad.append((path, error))
-            continue
-        groups[str(header.get("SeriesInstanceUID", "") or f"files of {path.parent}")].append((path, header))
-    found = []
-    for uid, members in groups.items():
-        header = members[0][1]
-        codes = [refusal(h) for _, h in members]
-        images = [path for (path, _), code in zip(members, codes) if code is None]
-        code = codes[0] if not images else None
-        files = tuple(images) if images else tuple(path for path, _ in members)
-        modality = MODALITIES.get(str(header.get("Modality", "")))
-        study, patient = str(header.get("StudyInstanceUID", "")), str(header.get("PatientID", ""))
-        found.append(Series(uid, study, patient, modality, files, code))
-    return sorted(found, key=lambda s: s.files[0]), bad
-
-
-def refusal(header: Dataset, accept_secondary: bool = True) -> str | None:
-    """Reason code if this object is not an image to train on, else None."""
-    modality = str(header.get("Modality", ""))
-    kind = [str(v).upper() for v in _sequence(header.get("ImageType"))]
-    if modality in NOT_IMAGES:
-        return "not_an_image"
-    if str(header.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE) or "SCREEN SAVE" in kind:
-        return "secondary_capture"
-    if modality not in MODALITIES:
-        return "unsupported_modality"
-    if "LOCALIZER" in kind or "SCOUT" in kind:
-        return "localizer"
-    if not accept_secondary and "SECONDARY" in kind[:2]:
-        return "secondary"
-    return None
 
 
 def decode(path: Path, *, series: str | Sequence[Path] | None = None, accept_secondary: bool = False) -> Raw:
@@ -117,9 +40,9 @@ def decode(path: Path, *, series: str | Sequence[Path] | None = None, accept_sec
     elif path.is_file():
         files = [path]
     else:
-        files = _files_of_series(path, series)
+        files = files_of_series(path, series)
     try:
-        return _decode([_header(file, with_pixels=True) for file in files], accept_secondary)
+        return _decode([read_header(file, with_pixels=True) for file in files], accept_secondary)
     except Quarantined:
         raise
     except Exception as error:  # pydicom converts a value when it is first used: a damaged one fails anywhere
@@ -142,59 +65,6 @@ def _decode(found: list[Dataset], accept_secondary: bool) -> Raw:
     if modality == "XR":
         return _projection(datasets)
     return _stack([_classic_slice(ds) for ds in datasets], modality)
-
-
-def _files_of_series(folder: Path, series: str | None) -> tuple[Path, ...]:
-    found, bad = series_in(p for p in folder.rglob("*") if p.is_file())
-    if series is not None:
-        found = [s for s in found if s.uid == series]
-    images = [s for s in found if s.code is None]
-    if len(images) > 1:
-        raise Quarantined(
-            "several_series", f"{len(images)} image series; name one, or build the folder as layout dicom"
-        )
-    if images:
-        return images[0].files
-    if found:
-        raise Quarantined(found[0].code or "not_an_image")
-    if bad:
-        raise bad[0][1]
-    raise Quarantined("no_pixel_data", "no DICOM image in the folder")
-
-
-def _claims_dicom(path: Path) -> bool:
-    if path.suffix.lower() in (".dcm", ".ima", ".dicom"):
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def _header(path: Path, with_pixels: bool = False) -> Dataset:
-    import pydicom
-
-    try:
-        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # its warnings quote values
-        header = pydicom.dcmread(path, stop_before_pixels=not with_pixels, force=True)
-        if "SOPClassUID" not in header and "Modality" not in header:
-            raise Quarantined("unreadable", "no DICOM header", path)
-        for name in (
-            "Modality",
-            "ImageType",
-            "ImageOrientationPatient",
-            "ImagePositionPatient",
-            "PixelSpacing",
-        ):
-            header.get(name)  # values are parsed when first touched, and may not parse
-    except Quarantined:
-        raise
-    except (EOFError, OSError) as error:
-        raise Quarantined("truncated" if isinstance(error, EOFError) else "unreadable", "", path) from error
-    except Exception as error:  # a damaged header fails in any of pydicom's conversions
-        raise Quarantined("unreadable", type(error).__name__, path) from error
-    return header
 
 
 @dataclass
@@ -400,12 +270,8 @@ def _projection(datasets: list[Dataset]) -> Raw:
     )
 
 
-def _sequence(value: Any) -> list:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
 def _number(value: Any) -> float:
     try:
-        return float(_sequence(value)[0]) if isinstance(value, (list, tuple)) else float(value)
+        return float(listed(value)[0]) if isinstance(value, (list, tuple)) else float(value)
     except (TypeError, ValueError, IndexError):
         return 0.0

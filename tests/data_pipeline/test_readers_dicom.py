@@ -14,8 +14,8 @@ from data_pipeline.errors import Quarantined
 from data_pipeline.layouts import discover, read_case
 from data_pipeline.privacy import technical_fields
 from data_pipeline.readers import read, read_all
-from data_pipeline.readers.dicom import series_in
 from data_pipeline.readers.dicom_pixels import significant_bits, suv_factor
+from data_pipeline.readers.dicom_series import series_in
 from data_pipeline.sources import SourceConfig
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
