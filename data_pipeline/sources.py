@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from data_pipeline.volume import Modality, Triple, Units
 
-Layout = Literal["auto", "msd", "nnunet", "table", "folder", "dicom"]
+Layout = Literal["auto", "msd", "nnunet", "bids", "table", "folder", "dicom"]
 
 
 class SourceConfig(BaseModel):
@@ -32,6 +32,9 @@ class SourceConfig(BaseModel):
         None,
         description="real units, where the format does not say; HU are taken for CT channels, SUV for PT",
     )
+    sequence: str | dict[str, str] | None = Field(
+        None, description="MR sequence, where no header says it; one of data_pipeline.sequences.SEQUENCES"
+    )
     include: tuple[str, ...] = Field((), description="globs of image files; empty: every image file")
     exclude: tuple[str, ...] = ()
     spacing: Triple | None = Field(None, description="(z, y, x) mm, for files that state none")
@@ -41,11 +44,35 @@ class SourceConfig(BaseModel):
     accept_no_form: bool = Field(False, description="take NIfTI without sform and qform by spacing alone")
     accept_secondary: bool = Field(False, description="take DICOM with ImageType SECONDARY")
     more_frames: int = Field(3, ge=0, description="frames of a 4D series beside the first")
+    shear: Literal["resample", "quarantine"] = Field(
+        "resample", description="axes not at right angles (gantry tilt): shifted slice by slice, or refused"
+    )
+    voi_lut: bool = Field(False, description="apply the header's VOI LUT or window to DX, CR and MG")
     burned_in: Literal["accept", "quarantine", "mask"] | None = None
+    deface: Literal["mask", "remove"] | None = Field(
+        None, description="faces in head scans: hidden from training, or overwritten in the shards"
+    )
 
     labels: dict[int, str] | None = Field(None, description="value: name, where no dataset file says so")
     regions: dict[str, tuple[int, ...]] | None = Field(
         None, description="name: values, for overlapping classes"
+    )
+    label_names: dict[str, str] | None = Field(
+        None, description="{name in the files: name in the dataset}, for ROIs, segments and dataset files"
+    )
+    exclude_rois: tuple[str, ...] = Field(
+        (
+            "*body*",
+            "*external*",
+            "*skin*",
+            "*couch*",
+            "*table*",
+            "*support*",
+            "ptv*",
+            "*isocent*",
+            "*marker*",
+        ),
+        description="globs, any case, of RTSTRUCT and SEG names that are no anatomy or lesion",
     )
     label_glob: str | None = Field(
         None, description="label file; its * stand for what those of include matched"

@@ -40,8 +40,9 @@ class Volume:
     outside the field of view: their voxels hold the lowest valid value of the channel and are never to be
     used as measurements. ``affine`` maps ``(i, j, k, 1)``, the x, y, z index of a voxel, to the LPS mm of
     its centre. ``source_affine`` and ``source_shape`` (z, y, x) are those of the grid as read; canonical
-    array axis ``n`` is source array axis ``axes[n]``, reversed if ``flips[n]``. Raises ValueError where the
-    parts do not fit.
+    array axis ``n`` is source array axis ``axes[n]``, reversed if ``flips[n]``. ``instances`` are the DICOM
+    SOPInstanceUIDs of its slices, by which labels find it; they identify and are never stored. Raises
+    ValueError where the parts do not fit.
     """
 
     voxels: np.ndarray
@@ -57,6 +58,7 @@ class Volume:
     source_shape: tuple[int, int, int]
     invalid: np.ndarray | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
+    instances: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.voxels.ndim != 4 or not len(self.channels) == self.voxels.shape[0] == len(self.slope) == len(
@@ -81,6 +83,7 @@ class Volume:
         spacing_source: SpacingSource = "header",
         invalid: np.ndarray | None = None,
         provenance: Mapping[str, str] | None = None,
+        instances: frozenset[str] = frozenset(),
     ) -> Volume:
         """A volume as a reader finds it: its own grid is the source grid. ``voxels`` is (c, z, y, x)."""
         affine = np.array(affine, dtype=np.float64)
@@ -89,7 +92,7 @@ class Volume:
             voxels=voxels, channels=channels, slope=slope or (1.0,) * c, intercept=intercept or (0.0,) * c,
             spacing=spacing_of(affine), spacing_source=spacing_source, affine=affine, axes=(0, 1, 2),
             flips=(False, False, False), source_affine=affine, source_shape=(z, y, x), invalid=invalid,
-            provenance=dict(provenance or {}),
+            provenance=dict(provenance or {}), instances=instances,
         )  # fmt: skip
 
     @property

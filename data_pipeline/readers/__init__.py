@@ -214,6 +214,7 @@ class _Options:
             spacing_source=source,
             invalid=invalid,
             provenance=provenance,
+            instances=raw.instances,
         ).to_lps()
 
     def _modality(self, raw: Raw, channel: int) -> str:

@@ -18,7 +18,8 @@ class Raw:
     intercept``. ``affine``: x, y, z index to LPS mm. ``spacing_known`` is False where the format states no
     spacing (the affine then has unit spacing), ``has_position`` False where it states no place in the
     patient (a picture). ``modality`` and ``units`` only where the header states them. ``padding`` marks
-    voxels that the header calls padding, (t, z, y, x) or None.
+    voxels that the header calls padding, (t, z, y, x) or None. ``instances`` are the SOPInstanceUIDs the
+    frames came from (they identify: memory only).
     """
 
     frames: np.ndarray
@@ -31,6 +32,7 @@ class Raw:
     units: str | None = None
     padding: np.ndarray | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
+    instances: frozenset[str] = frozenset()
 
 
 def check_affine(affine: np.ndarray) -> np.ndarray:
