@@ -25,7 +25,7 @@ import webdataset as wds
 from scipy.ndimage import gaussian_filter
 
 from data_pipeline.geometry import TokenConfig
-from data_pipeline.manifest import Manifest, write_manifest
+from data_pipeline.manifest import FORMAT_VERSION, Manifest, write_manifest
 from data_pipeline.order import Order
 from data_pipeline.schedule import MixtureConfig
 from data_pipeline.shard_writer import ShardPlan, Staged, write_shard
@@ -77,7 +77,7 @@ def write(root: Path, volumes: int, side: int) -> list[Path]:
         entries.append(entry)
         rows += written
     digest = write_manifest(rows, root / "manifest.parquet")
-    info = {"format_version": 1, "labels": {}, "shards": entries, "manifest_sha256": digest}
+    info = {"format_version": FORMAT_VERSION, "labels": {}, "shards": entries, "manifest_sha256": digest}
     (root / "dataset.json").write_text(json.dumps(info))
     return files
 

@@ -21,9 +21,17 @@ import pyarrow.parquet as pq
 
 from data_pipeline.errors import UserError
 
-FORMAT_VERSION = 1
-MEMBERS = ("image", "l1", "l2", "seg", "idx", "json")
-SUFFIX = {"image": "b2nd", "l1": "l1.b2nd", "l2": "l2.b2nd", "seg": "seg.b2nd", "idx": "idx", "json": "json"}
+FORMAT_VERSION = 2
+MEMBERS = ("image", "l1", "l2", "seg", "hide", "idx", "json")
+SUFFIX = {
+    "image": "b2nd",
+    "l1": "l1.b2nd",
+    "l2": "l2.b2nd",
+    "seg": "seg.b2nd",
+    "hide": "hide.b2nd",
+    "idx": "idx",
+    "json": "json",
+}
 _FOREGROUND = pa.struct([("class", pa.int32()), ("layer", pa.int32()), ("voxels", pa.list_(pa.int32()))])
 SCHEMA = pa.schema(
     [
@@ -35,6 +43,7 @@ SCHEMA = pa.schema(
         ("modality", pa.string()),
         ("modalities", pa.list_(pa.string())),
         ("channels", pa.list_(pa.string())),
+        ("sequence", pa.string()),
         ("geometry", pa.string()),
         ("axes", pa.list_(pa.int8(), 3)),
         ("shape", pa.list_(pa.int32(), 4)),

@@ -166,6 +166,7 @@ def _stage(job: Job, frame: int, volume: Volume, label: Label | None, settings: 
         "modality": volume.channels[0].modality,
         "modalities": [c.modality for c in volume.channels],
         "channels": [c.name for c in volume.channels],
+        "sequence": volume.provenance.get("sequence", ""),
         "geometry": kind,
         "axes": list(axes),
         "shape": list(volume.voxels.shape),

@@ -15,7 +15,7 @@ import xxhash
 from data_pipeline.frame_index import write_index
 from data_pipeline.manifest import SUFFIX
 
-FRAMES = ("image", "l1", "l2", "seg")
+FRAMES = ("image", "l1", "l2", "seg", "hide")
 
 
 @dataclass(frozen=True)

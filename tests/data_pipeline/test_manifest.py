@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import MEMBERS, SCHEMA, Manifest, write_manifest
+from data_pipeline.manifest import FORMAT_VERSION, MEMBERS, SCHEMA, Manifest, write_manifest
 
 
 def a_row(i: int) -> dict[str, Any]:
@@ -58,7 +58,12 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in sorted({row["shard"] for row in rows}):
         (root / name).write_bytes(b"\0" * 10240)
         shards.append({"name": name, "size": 10240})
-    info = {"format_version": 1, "labels": {"1": "liver"}, "shards": shards, "manifest_sha256": digest}
+    info = {
+        "format_version": FORMAT_VERSION,
+        "labels": {"1": "liver"},
+        "shards": shards,
+        "manifest_sha256": digest,
+    }
     (root / "dataset.json").write_text(json.dumps(info))
     return root
 

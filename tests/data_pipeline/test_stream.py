@@ -22,7 +22,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.geometry import TokenConfig, geometry_of, level_factors
-from data_pipeline.manifest import Manifest, write_manifest
+from data_pipeline.manifest import FORMAT_VERSION, Manifest, write_manifest
 from data_pipeline.order import Order, lanes_of
 from data_pipeline.schedule import MixtureConfig
 from data_pipeline.shard_writer import ShardPlan, Staged, write_shard
@@ -77,7 +77,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             entries.append(entry)
             rows += written
         digest = write_manifest(rows, folder / "manifest.parquet")
-        info = {"format_version": 1, "labels": {"1": "organ"}, "shards": entries, "manifest_sha256": digest}
+        info = {
+            "format_version": FORMAT_VERSION,
+            "labels": {"1": "organ"},
+            "shards": entries,
+            "manifest_sha256": digest,
+        }
         (folder / "dataset.json").write_text(json.dumps(info))
         yield folder
 
