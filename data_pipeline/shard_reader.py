@@ -22,9 +22,9 @@ INVALID = -32768  # as in storage.py, which imports this file: stored int16 of a
 class DamagedSample(Exception):
     """Bytes of a sample are missing or not what was written.
 
-    Attributes: `key` of the sample, `shard` (file name), `member` ("image", "l1", "l2", "seg", "hide", "idx"),
-    `chunk` (number in C-order over the member's chunk grid, -1 where the fault is not in a chunk), `reason`
-    (one phrase).
+    Attributes: `key` of the sample, `shard` (file name), `member` ("image", "l1", "l2", "seg", "hide",
+    "idx"), `chunk` (number in C-order over the member's chunk grid, -1 where the fault is not in a chunk),
+    `reason` (one phrase).
     """
 
     def __init__(self, key: str, shard: str, member: str, chunk: int, reason: str) -> None:
