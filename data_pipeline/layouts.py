@@ -138,6 +138,8 @@ def _read_local(case: Case, src: SourceConfig, seed: int) -> list[Volume]:
             units=case.units,
             series=case.files or case.series,
             accept_secondary=src.accept_secondary,
+            shear=src.shear,
+            voi_lut=src.voi_lut,
         )
         return [volume]
     return read_all(
@@ -151,6 +153,8 @@ def _read_local(case: Case, src: SourceConfig, seed: int) -> list[Volume]:
         units=case.units,
         series=case.files or case.series,
         accept_secondary=src.accept_secondary,
+        shear=src.shear,
+        voi_lut=src.voi_lut,
     )
 
 

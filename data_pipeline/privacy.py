@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
+from data_pipeline.sequences import SEQUENCES
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+    from data_pipeline.locations import Location
 
 KEY_BYTES = 32
 KEY_FILE = "hash.key"
@@ -69,9 +72,21 @@ NOTES = {
     "frame": r"\d{1,6} of \d{1,6}",
     "qform_differs": "true",
     "no_form": "true",
+    "units_unknown": "true",
+    "exif_orientation": "applied",
     "inverted": "true",
     "rescale": "per slice",
     "suv": "tags missing",
+    "shear": r"\d{1,2}\.\d degrees",
+    "sequence": "|".join(map(re.escape, SEQUENCES)),
+    "b_value": r"\d{1,5}",
+    "acquisition": r"\d{1,4} of \d{1,4}",
+    "acquisitions_refused": r"\d{1,4}",
+    "frames_refused": r"\d{1,5}",
+    "objects_refused": r"\d{1,5}",
+    "pixel_spacing": "calibrated|magnification|detector",
+    "modality_lut": "applied",
+    "voi_lut": "applied|none",
     "Manufacturer": "|".join((*VENDORS, "other")),
     "PatientAge": r"[1-8]?\d|89\+",
 }
@@ -122,7 +137,7 @@ class KeyedHash:
         message = f"{kind}\0{text}".encode("utf-8", "surrogateescape")
         return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:32]
 
-    def path(self, path: Path) -> str:
+    def path(self, path: Location) -> str:
         """Hash of an input's absolute path, or of its address where it is remote."""
         address = str(path)
         return self.of("path", address if "://" in address else Path(os.path.abspath(path)).as_posix())
