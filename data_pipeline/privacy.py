@@ -140,7 +140,7 @@ class KeyedHash:
     def path(self, path: Location) -> str:
         """Hash of an input's absolute path, or of its address where it is remote."""
         address = str(path)
-        return self.of("path", address if "://" in address else Path(os.path.abspath(path)).as_posix())
+        return self.of("path", address if "://" in address else Path(os.path.abspath(address)).as_posix())
 
     def subject(self, source: str, subject: str) -> str:
         """Hash of a subject of a source (two sources may number their subjects alike)."""
