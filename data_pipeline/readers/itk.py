@@ -60,9 +60,9 @@ def decode(path: Path, *, accept_no_form: bool = False, label: bool = False) -> 
     nrrd = path.name.lower().endswith(NRRD)
     if nrrd and "segment0_id" in fields and not label:
         raise Quarantined("not_an_image", "a segmentation of 3D Slicer")
-    _check_stated_size(fields, path)
     if any(not (path.parent / name).exists() for name in data_files(path)):
         raise Quarantined("missing", "the file of voxels that the header names")
+    _check_stated_size(fields, path)
     try:
         with _readable(path, fields) as readable:
             image = sitk.ReadImage(str(readable))
