@@ -6,11 +6,13 @@ crop.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.errors import Quarantined
+from data_pipeline.quantise import INVALID, Stored, slab_depth
 from data_pipeline.volume import Channel, Volume
 
 CT_RANGE = (-1024.0, 3071.0)
@@ -47,30 +49,41 @@ class Norm(NamedTuple):
         return (v - self.center) / self.scale
 
 
-def statistics(volume: Volume) -> list[Norm]:
+def statistics(volume: Volume, stored: Stored | None = None) -> list[Norm]:
     """One `Norm` per channel.
 
     CT in HU and PET in SUV have fixed constants. MR, X-ray and whatever is in arbitrary units are clipped at
     the 0.5 and 99.5 percentiles of the voxels that are not background and standardised over these voxels
-    after clipping. Raises `Quarantined` ``not_hounsfield`` for a CT declared or taken as HU that cannot be,
-    ``constant``, ``no_valid_voxels``.
+    after clipping. With ``stored``, the 16-bit form of the volume, its values are counted and its slope and
+    intercept given: exact and without a sort, whatever dtype the scan has. Raises `Quarantined`
+    ``not_hounsfield`` for a CT declared or taken as HU that cannot be, ``constant``, ``no_valid_voxels``.
     """
-    return [_channel(volume, n, channel) for n, channel in enumerate(volume.channels)]
+    return [_channel(volume, n, channel, stored) for n, channel in enumerate(volume.channels)]
 
 
-def _channel(volume: Volume, n: int, channel: Channel) -> Norm:
-    slope, intercept = volume.slope[n], volume.intercept[n]
-    values, counts = _histogram(volume.voxels[n], None if volume.invalid is None else volume.invalid[n])
+def _channel(volume: Volume, n: int, channel: Channel, stored: Stored | None) -> Norm:
+    if stored is not None and stored.voxels.dtype == np.int16:
+        voxels, slope, intercept = stored.voxels[n], stored.slope[n], stored.intercept[n]
+        invalid = voxels == INVALID if voxels.min() == INVALID else None
+    else:
+        voxels, slope, intercept = volume.voxels[n], volume.slope[n], volume.intercept[n]
+        invalid = None if volume.invalid is None else volume.invalid[n]
+    lowest, highest = _extremes(voxels, invalid)
+    first, last = sorted((lowest * slope + intercept, highest * slope + intercept))
+    if first == last:
+        raise Quarantined("constant", f"{first:g}")
+    if channel.units == "SUV":
+        return Norm(slope, intercept, *SUV_RANGE, SUV_CENTER, SUV_SCALE, SUV_COMPRESS)
+    hounsfield = channel.modality == "CT" and channel.units == "HU"
+    if hounsfield and first < 0:
+        return Norm(slope, intercept, *CT_RANGE, CT_CENTER, CT_SCALE, 0.0)
+    values, counts = _histogram(voxels, invalid, lowest, highest)
     real = values * np.float64(slope) + intercept
     if slope < 0:
         real, counts = real[::-1], None if counts is None else counts[::-1]
-    if real[0] == real[-1]:
-        raise Quarantined("constant", f"{real[0]:g}")
-    if channel.modality == "CT" and channel.units == "HU":
+    if hounsfield:
         _check_hounsfield(real, counts)
         return Norm(slope, intercept, *CT_RANGE, CT_CENTER, CT_SCALE, 0.0)
-    if channel.units == "SUV":
-        return Norm(slope, intercept, *SUV_RANGE, SUV_CENTER, SUV_SCALE, SUV_COMPRESS)
     kept, weights = _without_background(real, counts, strong=channel.modality in ("MR", "PT"))
     low, high = _percentile(kept, weights, PERCENTILES)
     if high <= low:  # nearly all voxels equal: the full range
@@ -82,20 +95,39 @@ def _channel(volume: Volume, n: int, channel: Channel) -> Norm:
     return Norm(slope, intercept, low, high, center, max(scale, 1e-6 * (high - low)), 0.0)
 
 
-def _histogram(voxels: np.ndarray, invalid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+def _valid(voxels: np.ndarray, invalid: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The valid voxels of a channel, a few planes at a time."""
+    step = slab_depth(voxels.shape)
+    for z in range(0, len(voxels), step):
+        slab = voxels[z : z + step]
+        if invalid is not None and invalid[z : z + step].any():
+            slab = slab[~invalid[z : z + step]]
+        if slab.size:
+            yield slab.ravel()
+
+
+def _extremes(voxels: np.ndarray, invalid: np.ndarray | None) -> tuple[float, float]:
+    found = [(slab.min(), slab.max()) for slab in _valid(voxels, invalid)]
+    if not found:
+        raise Quarantined("no_valid_voxels")
+    return float(min(low for low, _ in found)), float(max(high for _, high in found))
+
+
+def _histogram(
+    voxels: np.ndarray, invalid: np.ndarray | None, lowest: float, highest: float
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Sorted valid values (float64) and their counts; counts None means one each.
 
-    Up to 16-bit integers are counted, which is exact and needs no sort.
+    Integers over a range of up to 20 bits are counted, which is exact and needs no sort.
     """
+    if voxels.dtype.kind in "iu" and highest - lowest < 1 << 20:
+        low = int(lowest)
+        counts = np.zeros(int(highest) - low + 1, np.int64)
+        for slab in _valid(voxels, invalid):
+            counts += np.bincount(np.subtract(slab, low, dtype=np.int64), minlength=len(counts))
+        present = np.flatnonzero(counts)
+        return (present + low).astype(np.float64), counts[present]
     valid = voxels.ravel() if invalid is None else voxels[~invalid]
-    if valid.size == 0:
-        raise Quarantined("no_valid_voxels")
-    if valid.dtype.kind in "iu":
-        low = int(valid.min())
-        if int(valid.max()) - low < 1 << 20:
-            counts = np.bincount((valid.astype(np.int64) - low) if low else valid)
-            present = np.flatnonzero(counts)
-            return (present + low).astype(np.float64), counts[present]
     if valid.size > MANY:
         return _binned(valid)
     return np.sort(valid).astype(np.float64), None

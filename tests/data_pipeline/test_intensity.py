@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import intensity
+from data_pipeline import quantise as quantise_module
 from data_pipeline.errors import Quarantined
-from data_pipeline.intensity import Norm, _percentile, statistics
+from data_pipeline.intensity import BACKGROUND, LEAST_FOREGROUND, Norm, _percentile, statistics
+from data_pipeline.quantise import Stored, quantise
 from data_pipeline.volume import Channel, Volume
 
 
@@ -145,3 +149,87 @@ def test_any_varied_image_gives_finite_usable_constants(seed: int, dtype: type) 
     assert norm.scale > 0
     assert norm.low < norm.high
     assert np.isfinite(norm.apply(array)).all()
+
+
+def stored_form(made: Volume) -> Stored:
+    return quantise(made.voxels, made.slope, made.intercept, made.invalid)
+
+
+def slow_norm(real: np.ndarray, strong: bool) -> tuple[float, float, float, float]:
+    """(low, high, center, scale) after the definition, from every valid value, sorted."""
+    real = np.sort(real)
+
+    def percentile(of: np.ndarray, percent: float) -> float:
+        return float(np.percentile(of, percent, method="inverted_cdf"))
+
+    kept = above = real[real > real[0]]
+    if len(kept) >= 0.98 * len(real):
+        kept = real
+    if strong:
+        low, high = percentile(real, 0.1), percentile(real, 99.0)
+        above = real[real > low + BACKGROUND * (high - low)]
+        if len(above) >= LEAST_FOREGROUND * len(real):
+            kept = min(kept, above, key=len)
+    if len(kept) < LEAST_FOREGROUND * len(real):
+        kept = real
+    low, high = percentile(kept, 0.5), percentile(kept, 99.5)
+    if high <= low:
+        low, high, kept = real[0], real[-1], real
+    clipped = np.clip(kept, low, high)
+    return low, high, clipped.mean(), max(clipped.std(), 1e-6 * (high - low))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64]),
+    st.sampled_from(["MR", "XR", "PT"]),
+    st.sampled_from([(1.0, 0.0), (0.25, -3.0), (-2.0, 100.0)]),
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from([1, 20, 1 << 17]),
+)
+def test_stored_values_are_counted_as_the_definition_says(
+    seed: int, dtype: type, modality: str, scale: tuple[float, float], holes: float, slab: int
+) -> None:
+    random = np.random.default_rng(seed)
+    array = np.abs(random.normal(0, 1, (4, 5, 6)) ** 3 * random.choice([30, 1e4])).clip(0, 250)
+    array[random.random(array.shape) < random.random()] = 0
+    invalid = random.random(array.shape) < holes
+    made = volume(array.astype(dtype), modality, slope=scale[0], intercept=scale[1], invalid=invalid)
+    stored = stored_form(made)
+    real = stored.voxels[0][~invalid] * np.float64(stored.slope[0]) + stored.intercept[0]
+    if real.min() == real.max():
+        return
+    with mock.patch.object(quantise_module, "SLAB_VOXELS", slab):
+        norm = statistics(made, stored)[0]
+    assert norm[:2] == (stored.slope[0], stored.intercept[0])
+    np.testing.assert_allclose(norm[2:6], slow_norm(real, modality != "XR"), rtol=1e-12, atol=1e-12)
+    if np.dtype(dtype).kind != "f":
+        np.testing.assert_allclose(norm[2:], statistics(made)[0][2:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_fixed_constants_and_refusals_are_the_same_from_stored_values(dtype: type) -> None:
+    random = np.random.default_rng(3)
+    ct = volume(random.integers(-1024, 2000, (8, 8, 8)).astype(dtype), "CT", "HU", intercept=0.5)
+    assert statistics(ct, stored_form(ct))[0][2:] == statistics(ct)[0][2:]
+    flat = volume(np.full((2, 2, 2), 7.25, dtype), "CT", "HU")
+    nothing = volume(np.ones((2, 2, 2), dtype), "MR", invalid=np.ones((2, 2, 2), bool))
+    image = np.zeros((10, 10, 10), dtype)
+    image[3:7, 3:7, 3:7] = np.arange(64).reshape(4, 4, 4) + 100
+    for bad, code in (
+        (flat, "constant"),
+        (nothing, "no_valid_voxels"),
+        (volume(image, "CT", "HU"), "not_hounsfield"),
+    ):
+        with pytest.raises(Quarantined) as refused:
+            statistics(bad, stored_form(bad))
+        assert refused.value.code == code
+
+
+def test_float32_under_exact_keeps_the_constants_of_the_values_as_they_are() -> None:
+    image = np.random.default_rng(0).gamma(2.0, 100.0, (9, 9, 9)).astype(np.float32)
+    made = volume(image, "MR")
+    stored = quantise(made.voxels, made.slope, made.intercept, exact=True)
+    assert stored.voxels.dtype == np.float32
+    assert statistics(made, stored) == statistics(made)
