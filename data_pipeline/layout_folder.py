@@ -51,7 +51,8 @@ def folder(find: Discovery) -> list[Case]:
     labels by ``label_glob``. Other files are counted by their suffix."""
     src = find.src
     files = image_files(src, lambda: find.count("folders that cannot be listed"))
-    labels = {label_for(src, relative(path, src.path)) for path in files if is_image(path)}
+    label_of = {path: label_for(src, relative(path, src.path)) for path in files if is_image(path)}
+    labels = {label for path, label in label_of.items() if label != path}  # npz may hold both
     cases: list[Case] = []
     dicom = False
     for path in files:
@@ -72,7 +73,7 @@ def folder(find: Discovery) -> list[Case]:
             raise UserError(
                 f"{shown(path)}: source {src.name!r} does not say what kind of image this is; {hint}"
             )
-        cases.append(Case(src.name, (path,), label_for(src, rel), "", None, (modality,), name=stem(path)))
+        cases.append(Case(src.name, (path,), label_of[path], "", None, (modality,), name=stem(path)))
     if dicom:
         from data_pipeline.layout_dicom import dicom_tree
 

@@ -94,6 +94,8 @@ def _xyz(spacing: np.ndarray, axes: int, sitk_order: bool) -> list[float]:
     if spacing.dtype.kind not in "iuf" or spacing.size not in (axes, 3) or not np.isfinite(spacing).all():
         raise Quarantined("bad_geometry", f"a spacing of {spacing.size} numbers for {axes} axes")
     mm = [float(v) for v in spacing.ravel()]
+    if min(mm) <= 0:
+        raise Quarantined("bad_geometry", "a spacing that is not above 0")
     mm = mm if sitk_order else mm[::-1]
     if len(mm) == 2:
         mm.append(mm[0])

@@ -37,7 +37,7 @@ def decode(path: Path) -> Raw:
             image.load()
             if "transparency" in image.info and image.mode not in ("P", "PA"):
                 raise Quarantined("colour", "a transparent picture")
-            upright = ImageOps.exif_transpose(image)
+            upright = image if image.format == "TIFF" else ImageOps.exif_transpose(image)  # Pillow turns TIFF
             if deep:
                 array = _deep(path, turned)
             elif image.mode == "1":
@@ -78,9 +78,8 @@ def decode(path: Path) -> Raw:
 
 def _orientation(image: Any) -> int:
     """The orientation tag, 1 (upright) where there is none or it is none of 1 to 8."""
-    stated = image.getexif().get(ORIENTATION, 1)
-    if image.format == "TIFF":  # Pillow turns the picture when it is loaded and drops the tag
-        stated = image.tag_v2.get(ORIENTATION, stated)
+    tags = image.tag_v2 if image.format == "TIFF" else image.getexif()
+    stated = tags.get(ORIENTATION, 1)
     return stated if stated in range(1, 9) else 1
 
 
