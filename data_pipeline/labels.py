@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.errors import Quarantined, UserError, shown
 from data_pipeline.locations import Location
+from data_pipeline.quiet import quiet_libraries
 from data_pipeline.readers import decode
 from data_pipeline.readers.raw import Raw, check_affine
 from data_pipeline.volume import Channel, Volume, corner_distance
@@ -73,6 +74,7 @@ class Foreground:
     voxels: np.ndarray
 
 
+@quiet_libraries()
 def label_of(
     case: Case, source: SourceConfig, volume: Volume, number: int, ids: Mapping[str, int]
 ) -> tuple[Label | None, list[Quarantined]]:
@@ -115,6 +117,7 @@ def layers_of(regions: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return layers
 
 
+@quiet_libraries()
 def read_label(
     path: Location,
     volume: Volume,

@@ -15,6 +15,7 @@ from data_pipeline.errors import Quarantined, UserError, shown
 from data_pipeline.labels import DicomLabel
 from data_pipeline.locations import Location, fetched, is_remote, relative, store_errors
 from data_pipeline.privacy import KeyedHash
+from data_pipeline.quiet import quiet_libraries
 from data_pipeline.readers import MEASURED_BY, SUFFIXES, companions, read_all, read_channels
 from data_pipeline.sources import SourceConfig, has_wildcards, matches, substitute
 from data_pipeline.volume import Volume
@@ -112,6 +113,7 @@ def discover(
     return _assign_subjects(src, [_declare(src, names.public(case), names) for case in cases])
 
 
+@quiet_libraries()
 def read_case(case: Case, src: SourceConfig, seed: int = 0) -> list[Volume]:
     """The volumes of a case: one, or several frames where a single file without channel names has a time
     axis, or several acquisitions of a DICOM series. Remote files are fetched for the time of the call."""

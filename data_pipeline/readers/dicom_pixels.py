@@ -45,6 +45,7 @@ STANDARD_SYNTAXES = {
 # fmt: on
 VALUES = "PixelValueTransformationSequence"
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+RESCALE_LIMIT = 1e6
 Pair = tuple[float, float]
 
 
@@ -262,8 +263,8 @@ def _rescale(frame: Frame) -> Pair | None:
     if (slope is None and intercept is None) or _modality_lut(frame) is not None:
         return None
     pair = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
-    if pair[0] == 0.0 or not np.isfinite(pair).all():
-        raise Quarantined("unreadable", "a rescale slope of zero")
+    if pair[0] == 0.0 or not np.abs(pair).max() <= RESCALE_LIMIT:  # NaN is not below either
+        raise Quarantined("unreadable", "a rescale that no scanner writes: zero, not finite or beyond 1e6")
     return pair
 
 

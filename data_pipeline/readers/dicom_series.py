@@ -1,66 +1,124 @@
-"""Which DICOM files belong together: headers, and files grouped by series."""
+"""Which DICOM files belong together: headers, and files grouped by series, whatever the folders."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from data_pipeline.errors import Quarantined
-from data_pipeline.readers.dicom_kinds import MODALITIES, refusal
+from data_pipeline.locations import Location
+from data_pipeline.readers.dicom_kinds import MODALITIES, listed, refusal
+from data_pipeline.readers.dicom_references import References, kind_of, references
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+SUFFIXES = (".dcm", ".ima", ".dicom", ".dic")
+DIRECTORY = "1.2.840.10008.1.3.10"
+#: The last element that `refusal` and `Header` need; what follows (contours, frames, voxels) is not read.
+LAST = 0x0043_102F
+#: Files without preamble begin with an element of group 2 or 8, little endian, or of group 8, big endian.
+BARE = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What discovery needs of one DICOM file. All but ``modality`` and ``code`` identifies: memory only.
+
+    ``instance`` tells slices apart (SOPInstanceUID, number and position): a file stored twice has it twice.
+    ``code`` is why the object is no image, or None; ``bad`` is set where the file cannot be read.
+    ``references`` are those of an RTSTRUCT or SEG.
+    """
+
+    path: Location
+    series: str = ""
+    study: str = ""
+    patient: str = ""
+    sop: str = ""
+    instance: str = ""
+    frame_of_reference: str = ""
+    modality: str | None = None
+    code: str | None = None
+    references: References | None = None
+    bad: Quarantined | None = None
+
 
 @dataclass(frozen=True)
 class Series:
-    """Files of one SeriesInstanceUID. ``code`` is why it is not an image, or None. The UID identifies:
-    memory only."""
+    """Files of one SeriesInstanceUID that are images, or that are none for one reason: ``code``.
+
+    ``instances`` and ``frames_of_reference`` are the UIDs by which labels find it. The UIDs identify: memory
+    only.
+    """
 
     uid: str
     study: str
     patient: str
     modality: str | None
-    files: tuple[Path, ...]
+    files: tuple[Location, ...]
     code: str | None
+    instances: frozenset[str] = frozenset()
+    frames_of_reference: frozenset[str] = frozenset()
 
 
-def series_in(paths: Iterable[Path]) -> tuple[list[Series], list[tuple[Path, Quarantined]]]:
-    """Group files by SeriesInstanceUID (by folder where it was removed) from their headers, skipping other
-    formats.
+def scan_headers(paths: tuple[Location, ...]) -> list[Header]:
+    """The headers of the DICOM files among ``paths``; other files and DICOMDIRs are left out.
 
-    Also returns the files that claim to be DICOM (by suffix or magic) and cannot be read.
+    Nothing behind the elements needed is read, but in RTSTRUCT and SEG. A file that claims to be DICOM (by
+    suffix or magic) and cannot be read comes with ``bad``.
     """
-    groups: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
-    bad = []
-    for path in sorted(paths):
-        if path.name.upper() == "DICOMDIR" or not _claims_dicom(path):
+    found = []
+    for path in paths:
+        if path.name.upper() == "DICOMDIR" or not claims_dicom(path):
             continue
         try:
-            header = read_header(path)
+            header = _scan(path)
         except Quarantined as error:
-            bad.append((path, error))
+            header = Header(path, bad=error)
+        if header is not None:
+            found.append(header)
+    return found
+
+
+def series_in(headers: Iterable[Header]) -> tuple[list[Series], int]:
+    """Readable headers grouped by SeriesInstanceUID (by folder where it was removed), in the order of their
+    first files, and the number of files stored twice, of which the first by path is kept.
+
+    Objects of one series that are no images make a `Series` of their own for each reason.
+    """
+    groups: dict[tuple[str, str | None], list[Header]] = defaultdict(list)
+    seen = set()
+    twice = 0
+    for header in sorted((h for h in headers if h.bad is None), key=lambda h: str(h.path)):
+        uid = header.series or f"files of {header.path.parent}"
+        if header.sop and (uid, header.instance) in seen:
+            twice += 1
             continue
-        groups[str(header.get("SeriesInstanceUID", "") or f"files of {path.parent}")].append((path, header))
-    found = []
-    for uid, members in groups.items():
-        header = members[0][1]
-        codes = [refusal(h) for _, h in members]
-        images = [path for (path, _), code in zip(members, codes) if code is None]
-        code = codes[0] if not images else None
-        files = tuple(images) if images else tuple(path for path, _ in members)
-        modality = MODALITIES.get(str(header.get("Modality", "")))
-        study, patient = str(header.get("StudyInstanceUID", "")), str(header.get("PatientID", ""))
-        found.append(Series(uid, study, patient, modality, files, code))
-    return sorted(found, key=lambda s: s.files[0]), bad
+        seen.add((uid, header.instance))
+        groups[uid, header.code].append(header)
+    found = [
+        Series(
+            uid,
+            members[0].study,
+            _commonest(h.patient for h in members),
+            members[0].modality,
+            tuple(h.path for h in members),
+            code,
+            frozenset(h.sop for h in members) - {""},
+            frozenset(h.frame_of_reference for h in members) - {""},
+        )
+        for (uid, code), members in groups.items()
+    ]
+    return sorted(found, key=lambda s: str(s.files[0])), twice
 
 
 def files_of_series(folder: Path, series: str | None) -> tuple[Path, ...]:
     """The files of the one image series below a folder, or of the series of that UID."""
-    found, bad = series_in(p for p in folder.rglob("*") if p.is_file())
+    headers = scan_headers(tuple(sorted(p for p in folder.rglob("*") if p.is_file())))
+    found, _ = series_in(headers)
     if series is not None:
         found = [s for s in found if s.uid == series]
     images = [s for s in found if s.code is None]
@@ -69,22 +127,29 @@ def files_of_series(folder: Path, series: str | None) -> tuple[Path, ...]:
             "several_series", f"{len(images)} image series; name one, or build the folder as layout dicom"
         )
     if images:
-        return images[0].files
+        return cast("tuple[Path, ...]", images[0].files)
     if found:
         raise Quarantined(found[0].code or "not_an_image")
-    if bad:
-        raise bad[0][1]
+    for header in headers:
+        if header.bad is not None:
+            raise header.bad
     raise Quarantined("no_pixel_data", "no DICOM image in the folder")
 
 
-def _claims_dicom(path: Path) -> bool:
-    if path.suffix.lower() in (".dcm", ".ima", ".dicom"):
+def claims_dicom(path: Location) -> bool:
+    """Whether a file says that it is DICOM: by suffix, by magic, or, where its name has no suffix of letters,
+    by its first element."""
+    if path.suffix.lower() in SUFFIXES:
         return True
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            start = file.read(132)
     except OSError:
         return False
+    if start[128:] == b"DICM":
+        return True
+    bare = not any(c.isalpha() for c in path.suffix)
+    return bare and len(start) == 132 and start[:2] in BARE and (start[3] == 0 or start[:2] == BARE[2])
 
 
 def read_header(path: Path, with_pixels: bool = False) -> Dataset:
@@ -94,16 +159,7 @@ def read_header(path: Path, with_pixels: bool = False) -> Dataset:
     try:
         pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # its warnings quote values
         header = pydicom.dcmread(path, stop_before_pixels=not with_pixels, force=True)
-        if "SOPClassUID" not in header and "Modality" not in header:
-            raise Quarantined("unreadable", "no DICOM header", path)
-        for name in (
-            "Modality",
-            "ImageType",
-            "ImageOrientationPatient",
-            "ImagePositionPatient",
-            "PixelSpacing",
-        ):
-            header.get(name)  # values are parsed when first touched, and may not parse
+        _check(header, path)
     except Quarantined:
         raise
     except (EOFError, OSError) as error:
@@ -111,3 +167,60 @@ def read_header(path: Path, with_pixels: bool = False) -> Dataset:
     except Exception as error:  # a damaged header fails in any of pydicom's conversions
         raise Quarantined("unreadable", type(error).__name__, path) from error
     return header
+
+
+def _check(header: Dataset, path: Location) -> None:
+    if "SOPClassUID" not in header and "Modality" not in header:
+        raise Quarantined("unreadable", "no DICOM header", path)
+    for name in (
+        "Modality",
+        "ImageType",
+        "ImageOrientationPatient",
+        "ImagePositionPatient",
+        "PixelSpacing",
+    ):
+        header.get(name)  # values are parsed when first touched, and may not parse
+
+
+def _scan(path: Location) -> Header | None:
+    import pydicom
+    from pydicom.filereader import read_partial
+
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # its warnings quote values
+    try:
+        with path.open("rb") as file:
+            ds = read_partial(file, lambda tag, vr, length: tag > LAST, force=True)
+            sop_class = str(ds.get("SOPClassUID", "") or "")
+            if DIRECTORY in (sop_class, str(ds.file_meta.get("MediaStorageSOPClassUID", ""))):
+                return None
+            _check(ds, path)
+            kind = kind_of(sop_class, str(ds.get("Modality", "")))
+            if kind is not None:
+                file.seek(0)
+                ds = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+        sop = str(ds.get("SOPInstanceUID", "") or "")
+        place = [str(ds.get("InstanceNumber", "")), *(str(v) for v in listed(ds.get("ImagePositionPatient")))]
+        return Header(
+            path,
+            str(ds.get("SeriesInstanceUID", "") or ""),
+            str(ds.get("StudyInstanceUID", "") or ""),
+            str(ds.get("PatientID", "") or "").strip(),
+            sop,
+            "\\".join([sop, *place]),
+            str(ds.get("FrameOfReferenceUID", "") or ""),
+            MODALITIES.get(str(ds.get("Modality", ""))),
+            refusal(ds),
+            references(ds, kind) if kind is not None else None,
+        )
+    except Quarantined:
+        raise
+    except (EOFError, OSError) as error:
+        raise Quarantined("truncated" if isinstance(error, EOFError) else "unreadable", "", path) from error
+    except Exception as error:  # a damaged header fails in any of pydicom's conversions
+        raise Quarantined("unreadable", type(error).__name__, path) from error
+
+
+def _commonest(names: Iterable[str]) -> str:
+    """The name that most files state; of equals the first in order of the alphabet, "" where none does."""
+    counted = Counter(name for name in names if name)
+    return min(counted, key=lambda name: (-counted[name], name), default="")

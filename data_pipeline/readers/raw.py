@@ -48,6 +48,8 @@ def check_affine(affine: np.ndarray, *, sheared: bool = False) -> np.ndarray:
     lengths = np.linalg.norm(columns, axis=0)
     if not np.isfinite(affine).all() or lengths.min() < 1e-4 or lengths.max() > 1e4:
         raise Quarantined("bad_geometry", "voxel sizes are zero, not finite or beyond 10 m")
+    if np.abs(affine[:3, 3]).max() > 1e5:  # such a number is no place; it may be a date or an identity number
+        raise Quarantined("bad_geometry", "a position more than 100 m from the scanner")
     unit = columns / lengths
     cosines = np.abs(unit.T @ unit - np.eye(3)).max()
     if cosines > 0.9:
