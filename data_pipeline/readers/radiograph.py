@@ -20,7 +20,7 @@ def decode(path: Path) -> Raw:
 
     Resolution tags are those of printing or a screen (72 dpi), not of the patient, and are not used. A
     palette is applied, an alpha channel must be opaque, an orientation tag is applied and noted
-    (``exif_orientation``), TIFF that stores white as 0 is inverted and noted (``inverted``). Pillow takes 16
+    (``exif_orientation``; refused in TIFF where rows become columns), TIFF that stores white as 0 is inverted and noted (``inverted``). Pillow takes 16
     bit colour for 8 bit, so those files are read with SimpleITK.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -33,6 +33,8 @@ def decode(path: Path) -> Raw:
             if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
                 raise Quarantined("colour", f"mode {image.mode}")
             turned = _orientation(image)
+            if image.format == "TIFF" and turned > 4:  # Pillow reads uncompressed ones into the wrong shape
+                raise Quarantined("unsupported_layout", "a TIFF to be turned on its side")
             deep = image.mode not in ("I;16", "I;16B", "I", "F") and _bits(path, image) > 8
             image.load()
             if "transparency" in image.info and image.mode not in ("P", "PA"):
