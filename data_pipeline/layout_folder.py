@@ -50,7 +50,8 @@ def folder(find: Discovery) -> list[Case]:
     """Every image file below the folder that include and exclude leave, and every DICOM series among them;
     labels by ``label_glob``. Other files are counted by their suffix."""
     src = find.src
-    files = image_files(src, lambda: find.count("folders that cannot be listed"))
+    unlisted: list[None] = []
+    files = image_files(src, lambda: unlisted.append(None))
     label_of = {path: label_for(src, relative(path, src.path)) for path in files if is_image(path)}
     labels = {label for path, label in label_of.items() if label != path}  # npz may hold both
     cases: list[Case] = []
@@ -74,11 +75,12 @@ def folder(find: Discovery) -> list[Case]:
                 f"{shown(path)}: source {src.name!r} does not say what kind of image this is; {hint}"
             )
         cases.append(Case(src.name, (path,), label_of[path], "", None, (modality,), name=stem(path)))
-    if dicom:
-        from data_pipeline.layout_dicom import dicom_tree
+    if not dicom:
+        find.count("folders that cannot be listed", len(unlisted))
+        return cases
+    from data_pipeline.layout_dicom import dicom_tree  # counts those folders too
 
-        cases += dicom_tree(find)
-    return cases
+    return cases + dicom_tree(find)
 
 
 def image_files(src: SourceConfig, unreadable: Callable[[], None] = lambda: None) -> list[Location]:

@@ -20,8 +20,8 @@ def decode(path: Path) -> Raw:
 
     Resolution tags are those of printing or a screen (72 dpi), not of the patient, and are not used. A
     palette is applied, an alpha channel must be opaque, an orientation tag is applied and noted
-    (``exif_orientation``; refused in TIFF where rows become columns), TIFF that stores white as 0 is inverted and noted (``inverted``). Pillow takes 16
-    bit colour for 8 bit, so those files are read with SimpleITK.
+    (``exif_orientation``; refused in TIFF where rows become columns), TIFF that stores white as 0 is inverted
+    and noted (``inverted``). Pillow takes 16 bit colour for 8 bit, so those files are read with SimpleITK.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
