@@ -72,8 +72,8 @@ def checksum(data: bytes | memoryview) -> int:
 def index_frame(frame: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Work out the pieces of a contiguous Blosc2 b2nd frame.
 
-    Returns (one `MEMBER` record without name and `first`, its `CHUNK` records). The offsets found are
-    compared with the chunks Blosc2 itself returns; a frame that this format cannot describe (lazy,
+    Returns (one `MEMBER` record without name and `first`, its `CHUNK` records). The chunks must fill the room
+    between header and offset table without a gap; a frame that this format cannot describe (lazy,
     variable-size or other special chunks, more than 4 axes) raises ValueError.
     """
     array = blosc2.ndarray_from_cframe(frame)
@@ -88,32 +88,35 @@ def index_frame(frame: bytes) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.frombuffer(
         blosc2.decompress2(frame[tail_offset : tail_offset + table_size], nthreads=1), dtype="<u8"
     )
-    chunks = np.zeros(schunk.nchunks, CHUNK)
-    if len(offsets) != len(chunks):
+    if len(offsets) != schunk.nchunks:
         raise ValueError("the frame's offset table does not match its chunk count")
+    chunks = np.zeros(len(offsets), CHUNK)
+    special = offsets >> np.uint64(63) == 1
+    for i in np.flatnonzero(special):
+        kind = (int(offsets[i]) >> 56) & 0x7F
+        if kind not in (SPECIAL_ZERO, SPECIAL_NAN):
+            raise ValueError(f"chunk {i} is of a special kind ({kind}) that the index does not know")
+        value = np.zeros((), array.dtype) if kind == SPECIAL_ZERO else np.full((), np.nan, array.dtype)
+        chunks[i] = (0, 0, 1, int.from_bytes(value.tobytes(), "little"))
+    starts = offsets[~special] + np.uint64(header_size)
+    if len(starts) and int(starts.max()) + 16 > tail_offset:
+        raise ValueError("a chunk does not lie where the frame's offset table says")
+    stated = np.frombuffer(frame, np.uint8)[starts[:, None] + np.arange(12, 16, dtype=np.uint64)]
+    sizes = stated.view("<i4").ravel().astype(np.int64)  # the compressed size, in the chunk's own header
+    order = np.argsort(starts)
+    edges = header_size + np.concatenate([[0], np.cumsum(sizes[order])])
+    if not np.array_equal(starts[order], edges[:-1]) or edges[-1] != tail_offset:
+        raise ValueError("the frame's chunks do not lie where its offset table says")
     view = memoryview(frame)
-    for i, offset in enumerate(offsets.tolist()):
-        if offset >> 63:
-            kind = (offset >> 56) & 0x7F
-            if kind not in (SPECIAL_ZERO, SPECIAL_NAN):
-                raise ValueError(f"chunk {i} is of a special kind ({kind}) that the index does not know")
-            value = np.zeros((), array.dtype) if kind == SPECIAL_ZERO else np.full((), np.nan, array.dtype)
-            chunks[i] = (0, 0, 1, int.from_bytes(value.tobytes(), "little"))
-            continue
-        start = header_size + offset
-        size = struct.unpack("<i", view[start + 12 : start + 16])[0]
-        piece = view[start : start + size]
-        if piece != schunk.get_chunk(i):
-            raise ValueError(f"chunk {i} does not lie where the frame's offset table says")
-        chunks[i] = (start, size, 0, checksum(piece))
+    chunks["offset"][~special], chunks["size"][~special] = starts, sizes
+    chunks["check"][~special] = [
+        checksum(view[start : start + size]) for start, size in zip(starts.tolist(), sizes.tolist())
+    ]
     member = np.zeros((), MEMBER)
     member["dtype"], member["ndim"], member["count"] = np.dtype(array.dtype).str, 4, len(chunks)
     member["shape"], member["chunk"], member["size"] = array.shape, array.chunks, len(frame)
     member["header_size"], member["header_check"] = header_size, checksum(view[:header_size])
     member["tail_offset"], member["tail_check"] = tail_offset, checksum(view[tail_offset:])
-    stored = chunks[chunks["special"] == 0]
-    if int(stored["size"].sum(dtype=np.uint64)) != compressed:
-        raise ValueError("the frame holds bytes that belong to no chunk")
     return member, chunks
 
 

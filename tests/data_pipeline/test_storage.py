@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from data_pipeline.frame_index import IndexDamaged
+from data_pipeline.frame_index import IndexDamaged, checksum, index_frame
 from data_pipeline.storage import (
     INVALID,
     DamagedSample,
@@ -87,6 +87,35 @@ def test_any_box_equals_slicing(
         assert got.dtype == array.dtype
         assert got.flags.c_contiguous
         np.testing.assert_array_equal(got, want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays())
+def test_the_index_is_what_blosc2_itself_finds(case: tuple[np.ndarray, tuple[int, ...]]) -> None:
+    array, chunk = case
+    frame = encode(array, chunk)
+    member, chunks = index_frame(frame)
+    opened = blosc2.ndarray_from_cframe(frame)  # owns the memory of its schunk
+    schunk = opened.schunk
+    assert member["count"] == len(chunks) == schunk.nchunks
+    for number, found in enumerate(chunks):
+        first, size = int(found["offset"]), int(found["size"])
+        if found["special"]:
+            voxels = np.frombuffer(schunk.decompress_chunk(number), array.dtype)
+            value = np.frombuffer(int(found["check"]).to_bytes(8, "little")[: array.itemsize], array.dtype)
+            np.testing.assert_array_equal(voxels, np.broadcast_to(value, voxels.shape))
+        else:
+            assert frame[first : first + size] == schunk.get_chunk(number)
+            assert found["check"] == checksum(frame[first : first + size])
+
+
+def test_a_frame_whose_pieces_lie_elsewhere_is_not_indexed() -> None:
+    array = np.random.default_rng(0).normal(0, 50, (1, 16, 8, 8)).astype("<i2")
+    frame = bytearray(encode(array, (1, 8, 8, 8)))
+    first = int(index_frame(bytes(frame))[1]["offset"][0])
+    frame[first + 12 : first + 16] = (77).to_bytes(4, "little")  # the first chunk states another size
+    with pytest.raises(ValueError, match="do not lie where"):
+        index_frame(bytes(frame))
 
 
 def test_a_box_outside_is_refused(tmp_path: Path) -> None:
