@@ -17,9 +17,9 @@ import numpy as np
 
 from data_pipeline.errors import Quarantined
 from data_pipeline.locations import Location
-from data_pipeline.privacy import technical_fields
+from data_pipeline.privacy import allowed, technical_fields
 from data_pipeline.readers import dicom_pixels
-from data_pipeline.readers.dicom_acquisition import number
+from data_pipeline.readers.dicom_acquisition import ECHO, MODIFIER, TIMING, number
 from data_pipeline.readers.dicom_frames import Frame, frames_of
 from data_pipeline.readers.dicom_grid import tilt_degrees
 from data_pipeline.readers.dicom_kinds import MODALITIES, listed, refusal
@@ -161,8 +161,6 @@ def _raw(acquisition: Acquisition, pixels: Pixels, modality: str, diffusion: boo
         if b_value is not None:
             notes["b_value"] = f"{b_value:.0f}"
         notes["sequence"] = sequence(first, b_value, len(acquisition.frames))
-    if "EchoTime" not in first.dataset and (echo := number(first.get("EffectiveEchoTime", "MREchoSequence"))):
-        notes["EchoTime"] = f"{echo:.6g}"
     shape = (len(acquisition.frames), len(acquisition.frames[0]), *first.shape)
     frames = [frame for time in acquisition.frames for frame in time]
     return Raw(
@@ -173,9 +171,20 @@ def _raw(acquisition: Acquisition, pixels: Pixels, modality: str, diffusion: boo
         modality=modality,
         units=pixels.units,
         padding=None if pixels.padding is None else pixels.padding.reshape(shape),
-        provenance=technical_fields(first.dataset, notes),
+        provenance={**technical_fields(first.dataset, notes), **allowed(_timing(first))},
         instances=_instances(frame.dataset for frame in frames),
     )
+
+
+def _timing(frame: Frame) -> dict[str, str]:
+    """Timing that an enhanced object states in its functional groups."""
+    found = {
+        "EchoTime": frame.get("EffectiveEchoTime", ECHO),
+        "RepetitionTime": frame.get("RepetitionTime", TIMING),
+        "FlipAngle": frame.get("FlipAngle", TIMING),
+        "InversionTime": frame.get("InversionTimes", MODIFIER),
+    }
+    return {name: str(value) for name, v in found.items() if (value := number(v)) is not None}
 
 
 def _radiographs(datasets: list[Dataset], voi_lut: bool) -> tuple[list[Raw], list[Quarantined]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipeline.errors import Quarantined
+from data_pipeline.readers import dicom_jpeg12
 from data_pipeline.readers.dicom_frames import Frame
 from data_pipeline.readers.dicom_kinds import listed
 from data_pipeline.readers.dicom_suv import suv_factor
@@ -177,6 +178,8 @@ def _stored(ds: Dataset) -> Iterator[np.ndarray]:
     if not getattr(ds, "file_meta", None) or "TransferSyntaxUID" not in ds.file_meta:
         raise Quarantined("unreadable", "no transfer syntax: the bytes of the pixels have no known meaning")
     _check_syntax(ds.file_meta.TransferSyntaxUID)
+    if ds.file_meta.TransferSyntaxUID in dicom_jpeg12.DECODER_DEPENDENCIES:
+        dicom_jpeg12.register()
     from pydicom.pixels import iter_pixels
 
     whole = "PixelData" in ds
@@ -216,6 +219,7 @@ def _check_syntax(uid: Any) -> None:
 def significant_bits(array: np.ndarray, stored: int, high: int, signed: bool) -> np.ndarray:
     """Keep ``stored`` bits ending at bit ``high``; the rest (overlays, garbage) is dropped, the sign
     extended."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     width = array.dtype.itemsize * 8
     if stored < 1 or high >= width or stored > high + 1:
         raise Quarantined("unreadable", f"BitsStored {stored}, HighBit {high} in {width} bits")

@@ -41,6 +41,7 @@ from data_pipeline.readers.dicom_grid import by_position, step_of
 
 TURNED = 2e-3  # largest difference of a direction cosine within a stack
 MIN_STACK = 8  # positions that a stack beside another must have; localizers have fewer
+WIDE = 3  # a value of a parameter must hold at one of so many positions, or it only counts slices
 MIN_PART = 4  # positions that AcquisitionNumber or StackID must give each part to split an uneven stack
 
 
@@ -132,7 +133,8 @@ def _separates(key: Callable[[Frame], Hashable], positions: list[list[Frame]]) -
     for n, group in enumerate(positions):
         for frame in group:
             members[key(frame)].add(n)
-    return len(positions) == 1 or float(np.median([len(m) for m in members.values()])) > 1
+    widest = max(len(m) for m in members.values())
+    return len(positions) == 1 or (widest > 1 and widest * WIDE >= len(positions))
 
 
 def _whole(group: list[Frame]) -> list[Acquisition]:
@@ -160,18 +162,20 @@ def _repeats(group: list[Frame]) -> tuple[list[list[Frame]], int]:
     positions = by_position(group)
     if len(positions) == len(group):
         return [[frame for (frame,) in positions]], 0
-    keys = map(cache, TIMES.values())
-    varying = [key for key in keys if any(len({key(f) for f in p}) > 1 for p in positions)]
-    for candidate in [[key] for key in varying] + ([varying] if len(varying) > 1 else []):
-        times = _by_value(positions, candidate)
+    keys = {name: cache(key) for name, key in TIMES.items()}
+    varying = {n: key for n, key in keys.items() if any(len({key(f) for f in p}) > 1 for p in positions)}
+    for names in [*([name] for name in varying), list(varying)]:
+        times = _by_value(positions, [varying[name] for name in names])
         whole = [time for time in times if len(time) == len(positions)]
         if whole and len(whole) * 2 >= len(times):
+            if names == ["direction"]:  # a vector has no order in time
+                whole.sort(key=lambda time: min(map(instance_order, time)))
             return whole, len(times) - len(whole)
     if len({len(p) for p in positions}) > 1:
         raise Quarantined("duplicate_slices", f"{len(group)} slices at {len(positions)} positions")
 
     def order(frame: Frame) -> tuple:
-        return (*(_sortable(key(frame)) for key in varying), instance_order(frame))
+        return (*(_sortable(key(frame)) for key in varying.values()), instance_order(frame))
 
     ranked = [sorted(p, key=order) for p in positions]
     if any(order(a) == order(b) for p in ranked for a, b in pairwise(p)):
