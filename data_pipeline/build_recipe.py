@@ -41,7 +41,9 @@ class BuildRecipe(BaseModel):
 
 
 def read_recipe(
-    recipe: Path | Sequence[Path], root: Path | None = None, changes: Mapping[str, Any] | None = None
+    recipe: Path | str | Sequence[Path | str],
+    root: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> BuildRecipe:
     """A checked recipe from a YAML file, or from a list of folders and tables (one source each).
 
@@ -76,8 +78,8 @@ def _source(number: int, stated: dict[str, Any], base: Path, changes: Mapping[st
     filled = {name: changes[name] for name in FOR_SOURCES if changes.get(name) is not None}
     source = {"name": f"source-{number}", **filled, **stated}
     for name in PATHS:
-        if source.get(name) is not None:
-            source[name] = base / Path(str(source[name])).expanduser()
+        if isinstance(source.get(name), str) and "://" not in source[name]:
+            source[name] = base / Path(source[name]).expanduser()
     return source
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data_pipeline.locations import Location
 
 
 class UserError(Exception):
     """One line that says what is wrong, where, and what to do; the command ends with exit code 2."""
+
+
+def shown(place: object) -> str:
+    """A path or address as one printable line for a person, whatever bytes its name is made of."""
+    text = str(place).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 #: Every reason an input may be refused for, with the sentence a report shows for it.
@@ -23,9 +32,16 @@ REASONS = MappingProxyType(
         "unsupported_modality": "a modality other than CT, MR, PT and X-ray",
         "modality_mismatch": "the header states another modality than the one declared",
         "localizer": "a localizer (scout) image",
+        "projection": "a projection or rendering (MIP, volume rendering, curved reformat), no grid of slices",
+        "phase_image": "the phase, real or imaginary part of an MR signal, not its magnitude",
+        "derived_map": "a derived map (ADC, FA, perfusion, subtraction, ...), not a signal",
+        "several_acquisitions": "several acquisitions (b-values, echoes, phases) where one was asked for",
+        "mosaic": "a Siemens mosaic without the private header that places its tiles",
+        "unsupported_syntax": "voxels compressed in a way that no installed decoder reads",
         "secondary": "ImageType SECONDARY: made after the examination, not acquired",
         "secondary_capture": "a screen capture or secondary capture",
         "colour": "a colour image",
+        "left_out": "an image of a kind that is not trained on (reference, phase, field map, map, mask)",
         "several_series": "more than one image series where one was asked for",
         "no_geometry": "neither sform nor qform says where the voxels lie",
         "bad_geometry": "spacing or directions that no scan can have (zero, not finite, not invertible)",
@@ -63,16 +79,16 @@ class Quarantined(UserError):
     what is written to a dataset, log or report uses ``code`` and ``detail``.
     """
 
-    def __init__(self, code: str, detail: str = "", path: Path | None = None) -> None:
+    def __init__(self, code: str, detail: str = "", path: Location | None = None) -> None:
         if code not in REASONS:
             raise ValueError(f"{code!r} is not a reason code; add it to data_pipeline.errors.REASONS")
         self.code, self.detail, self.path = code, detail, path
         super().__init__(code, detail, path)
 
-    def at(self, path: Path) -> Quarantined:
+    def at(self, path: Location) -> Quarantined:
         """The same refusal, naming the file for the console (a file named further inside stays)."""
         return self if self.path is not None else type(self)(self.code, self.detail, path)
 
     def __str__(self) -> str:
-        where = f"{self.path}: " if self.path is not None else ""
+        where = f"{shown(self.path)}: " if self.path is not None else ""
         return f"{where}{REASONS[self.code]}{f': {self.detail}' if self.detail else ''} [{self.code}]"

@@ -49,19 +49,33 @@ def inspect(root: str | Path, key: str | None = None, *, side: int = 320) -> Ins
     for axis in range(3):
         if shape[axis] > 1 and min(n for a, n in enumerate(shape) if a != axis) == 1:
             continue  # a line through a radiograph
-        pictures.append(plane_picture(reader, values, row, axis, centre[axis], side))
+        pictures.append(plane_picture(reader, values, row, axis, centre[axis], side, hidden=True))
+    table = _table(manifest, values)
+    if reader.hides(row):
+        share = float((reader.read_box(row, "hide", 0, (0, 0, 0), shape) != 0).mean())
+        table.append(("hidden from training", f"{share:.1%} of the voxels, shown here"))
     reader.close()
-    return Inspection(values["key"], _table(manifest, values), png(side_by_side(pictures, len(pictures))))
+    return Inspection(values["key"], table, png(side_by_side(pictures, len(pictures))))
 
 
 def plane_picture(
-    reader: ShardReader, values: dict[str, Any], row: int, axis: int, index: int, side: int, channel: int = 0
+    reader: ShardReader,
+    values: dict[str, Any],
+    row: int,
+    axis: int,
+    index: int,
+    side: int,
+    channel: int = 0,
+    hidden: bool = False,
 ) -> Any:
-    """The plane `index` across stored `axis` of a sample as a PIL picture, upright (head or front up)."""
+    """The plane `index` across stored `axis` of a sample as a PIL picture, upright (head or front up).
+
+    `hidden`: show the voxels that are hidden from training, too.
+    """
     shape = values["shape"][1:]
     origin, extent = [0, 0, 0], list(shape)
     origin[axis], extent[axis] = index, 1
-    plane = np.squeeze(reader.read_box(row, "image", channel, origin, extent), axis)
+    plane = np.squeeze(reader.read_box(row, "image", channel, origin, extent, hidden=hidden), axis)
     picture = grey(plane, values["norm"][channel])
     if values["seg_size"] > 0:
         picture = overlay(picture, np.squeeze(reader.read_box(row, "seg", None, origin, extent), axis + 1))
@@ -104,7 +118,9 @@ def _table(manifest: Manifest, values: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "bytes",
             ", ".join(
-                f"{m} {values[f'{m}_size']}" for m in ("image", "l1", "l2", "seg") if values[f"{m}_size"] > 0
+                f"{m} {values[f'{m}_size']}"
+                for m in ("image", "l1", "l2", "seg", "hide")
+                if (values[f"{m}_size"] or -1) > 0
             ),
         ),
         ("valid voxels", f"{values['valid_fraction']:.1%}"),

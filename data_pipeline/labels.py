@@ -6,12 +6,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from data_pipeline.errors import Quarantined, UserError
+from data_pipeline.locations import Location
 from data_pipeline.readers import decode
 from data_pipeline.readers.raw import Raw, check_affine
 from data_pipeline.volume import Channel, Volume, corner_distance
@@ -63,7 +63,7 @@ def layers_of(regions: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def read_label(
-    path: Path,
+    path: Location,
     volume: Volume,
     *,
     regions: Mapping[str, tuple[int, ...]],
@@ -91,7 +91,7 @@ def read_label(
     if threshold is not None and len(regions) != 1:
         raise UserError(f"label_threshold makes one class, but {len(regions)} names are declared")
     try:
-        raw = decode(path, accept_no_form=accept_no_form or geometry == "image")
+        raw = decode(path, accept_no_form=accept_no_form or geometry == "image", label=True)
         if len(raw.frames) != 1:
             raise Quarantined("label_shape", f"{len(raw.frames)} frames")
         values = _values(raw, threshold)

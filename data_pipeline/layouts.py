@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import cast
+from typing import Any, TypeAlias, cast
 
-from data_pipeline.errors import Quarantined, UserError
-from data_pipeline.readers import MEASURED_BY, SUFFIXES, read_all, read_channels
+from data_pipeline.errors import Quarantined, UserError, shown
+from data_pipeline.locations import Location, fetched, is_remote, relative, store_errors
+from data_pipeline.privacy import KeyedHash
+from data_pipeline.readers import MEASURED_BY, SUFFIXES, companions, read_all, read_channels
 from data_pipeline.sources import SourceConfig, has_wildcards, matches, substitute
 from data_pipeline.volume import Volume
+
+#: (function, list of argument tuples) -> results in order: how header reading is spread over processes.
+Each: TypeAlias = Callable[[Callable[..., Any], list[tuple[Any, ...]]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,14 @@ class Case:
     ``modality`` holds one entry per channel, or is empty where the DICOM header decides. ``label_values``
     maps a value of the label file to a name; ``label_regions`` maps a name to all its values (overlaps
     allowed); ``annotated`` are the names that were looked for; values in ``ignore`` are neither class nor
-    background. ``series`` is the UID of a DICOM series and ``files`` its slices. ``refused`` is set where
-    discovery can tell already that the input is no image; it is to be quarantined, not read.
+    background. ``series`` is the UID of a DICOM series and ``files`` its slices. ``sequence`` is the MR
+    sequence where a dataset file or the recipe says it. ``refused`` is set where discovery can tell already
+    that the input is no image; it is to be quarantined, not read.
     """
 
     source: str
-    images: tuple[Path, ...]
-    label: Path | None
+    images: tuple[Location, ...]
+    label: Location | None
     subject: str
     split: str | None
     modality: tuple[str, ...]
@@ -41,43 +48,85 @@ class Case:
     ignore: frozenset[int] = frozenset()
     units: str | None = None
     series: str | None = None
-    files: tuple[Path, ...] | None = None
+    files: tuple[Location, ...] | None = None
     name: str = ""
+    sequence: str = ""
     refused: Quarantined | None = None
 
 
-def discover(src: SourceConfig) -> list[Case]:
-    """Every case of a source, in a stable order. Raises `UserError` where a declaration is missing or
-    wrong."""
-    if not src.path.exists():
-        raise UserError(f"{src.path}: no such file or folder; check the path of source {src.name!r}")
-    from data_pipeline import layout_formats as formats
+@dataclass
+class Discovery:
+    """What the finders of one source share: how to spread work, how to hash names, what to count."""
 
-    finders: dict[str, Callable[[SourceConfig], list[Case]]] = {
-        "msd": formats.msd,
-        "nnunet": formats.nnunet,
-        "table": formats.table,
-        "folder": formats.folder,
-        "dicom": formats.dicom_tree,
+    src: SourceConfig
+    each: Each | None = None
+    hashes: KeyedHash | None = None
+    notes: Counter[str] | None = None
+
+    def count(self, note: str, number: int = 1) -> None:
+        """Count something left out, under words that may stand in a dataset."""
+        if self.notes is not None and number:
+            self.notes[note] += number
+
+
+def discover(
+    src: SourceConfig,
+    each: Each | None = None,
+    hashes: KeyedHash | None = None,
+    notes: Counter[str] | None = None,
+) -> list[Case]:
+    """Every case of a source, in a stable order.
+
+    ``each`` spreads the reading of headers over processes (None: this one). ``hashes`` turns label names that
+    are not in the vocabulary into ``roi_<hash>``; without it such a name is an error. ``notes`` receives
+    counts of what was left out, under words that may stand in a dataset. Raises `UserError` where a
+    declaration is missing or wrong.
+    """
+    if not _exists(src.path):
+        raise UserError(f"{shown(src.path)}: no such file or folder; check the path of source {src.name!r}")
+    from data_pipeline import layout_bids, layout_described, layout_dicom, layout_folder, layout_table
+
+    finders: dict[str, Callable[[Discovery], list[Case]]] = {
+        "msd": layout_described.msd,
+        "nnunet": layout_described.nnunet,
+        "bids": layout_bids.bids,
+        "table": layout_table.table,
+        "folder": layout_folder.folder,
+        "dicom": layout_dicom.dicom_tree,
     }
-    layout = formats.detect(src) if src.layout == "auto" else src.layout
-    cases = finders[layout](src)
+    find = Discovery(src, each, hashes, notes)
+    layout = layout_folder.detect(src) if src.layout == "auto" else src.layout
+    cases = finders[layout](find)
     if not cases:
         raise UserError(
-            f"{src.path}: no images found in layout {layout}; readable: {' '.join(SUFFIXES)} and DICOM"
+            f"{shown(src.path)}: no images found in layout {layout}; readable: {' '.join(SUFFIXES)} and DICOM"
         )
     if src.label_glob is not None and all(case.label is None for case in cases):
         raise UserError(
-            f"{src.path}: label_glob {src.label_glob!r} of source {src.name!r} finds no label file"
+            f"{shown(src.path)}: label_glob {src.label_glob!r} of source {src.name!r} finds no label file"
         )
-    return _assign_subjects(src, [_declare(src, case) for case in cases])
+    names = _LabelNames(find)
+    return _assign_subjects(src, [_declare(src, names.public(case), names) for case in cases])
 
 
 def read_case(case: Case, src: SourceConfig, seed: int = 0) -> list[Volume]:
     """The volumes of a case: one, or several frames where a single file without channel names has a time
-    axis."""
+    axis, or several acquisitions of a DICOM series. Remote files are fetched for the time of the call."""
     if case.refused is not None:
         raise case.refused
+    with local_case(case) as near:
+        volumes = _read_local(near, src, seed)
+    if not case.sequence:
+        return volumes
+    return [
+        replace(v, provenance={**v.provenance, "sequence": case.sequence})
+        if v.channels[0].modality == "MR" and v.provenance.get("sequence", "unknown") == "unknown"
+        else v
+        for v in volumes
+    ]
+
+
+def _read_local(case: Case, src: SourceConfig, seed: int) -> list[Volume]:
     if len(case.images) > 1 or case.channel_names is not None:
         volume = read_channels(
             case.images,
@@ -89,6 +138,8 @@ def read_case(case: Case, src: SourceConfig, seed: int = 0) -> list[Volume]:
             units=case.units,
             series=case.files or case.series,
             accept_secondary=src.accept_secondary,
+            shear=src.shear,
+            voi_lut=src.voi_lut,
         )
         return [volume]
     return read_all(
@@ -102,10 +153,44 @@ def read_case(case: Case, src: SourceConfig, seed: int = 0) -> list[Volume]:
         units=case.units,
         series=case.files or case.series,
         accept_secondary=src.accept_secondary,
+        shear=src.shear,
+        voi_lut=src.voi_lut,
     )
 
 
-def stem(path: Path) -> str:
+@contextmanager
+def local_case(case: Case) -> Iterator[Case]:
+    """The case with every remote file in a temporary folder, which goes when the block ends.
+
+    A file that is not there stays an address, and is refused as missing when it is read.
+    """
+    wanted = [*case.images, *(case.files or ()), *([case.label] if case.label is not None else [])]
+    if not any(is_remote(path) for path in wanted):
+        yield case
+        return
+    if case.files:  # the series' folder is its name only
+        wanted = [path for path in wanted if path not in case.images or path in case.files]
+    wanted = [path for path in wanted if _exists(path)]
+    with fetched([*wanted, *(c for path in wanted for c in companions(path))]) as local:
+        if case.files:
+            local = {**dict.fromkeys(case.images, local[case.files[0]].parent), **local}
+        yield replace(
+            case,
+            images=tuple(local.get(path, path) for path in case.images),
+            files=tuple(local.get(path, path) for path in case.files) if case.files else case.files,
+            label=None if case.label is None else local.get(case.label, case.label),
+        )
+
+
+def _exists(path: Location) -> bool:
+    """Whether a file or folder is there (of an object store: whether anything lies under the address)."""
+    if not is_remote(path):
+        return path.exists()
+    with store_errors(path):
+        return bool(path.exists())
+
+
+def stem(path: Location) -> str:
     """File name without its image suffix (both parts of ``.nii.gz``)."""
     name = path.name
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
@@ -114,15 +199,7 @@ def stem(path: Path) -> str:
     return name
 
 
-def relative(path: Path, root: Path) -> str:
-    """Path below ``root`` with forward slashes (the name alone if it is elsewhere)."""
-    try:
-        return path.relative_to(root if root.is_dir() else root.parent).as_posix()
-    except ValueError:
-        return path.name
-
-
-def label_for(src: SourceConfig, rel: str) -> Path | None:
+def label_for(src: SourceConfig, rel: str) -> Location | None:
     """The label file that ``label_glob`` names for an image, if it exists. Raises `UserError` for unequal
     wildcards."""
     if src.label_glob is None:
@@ -136,13 +213,58 @@ def label_for(src: SourceConfig, rel: str) -> Path | None:
             raise UserError(
                 f"source {src.name!r}: label_glob {src.label_glob!r} and include {glob!r} differ in wildcards"
             )
-        root = src.path if src.path.is_dir() else src.path.parent
+        root = src.path.parent if src.path.is_file() else src.path
         return root / name if (root / name).is_file() else None
     return None
 
 
-def _declare(src: SourceConfig, case: Case) -> Case:
+class _LabelNames:
+    """Names of labels in dataset files, as they may stand in a dataset."""
+
+    def __init__(self, find: Discovery) -> None:
+        self.find = find
+        self.known: dict[str, str] = {}
+
+    def public(self, case: Case) -> Case:
+        found = case.label_regions
+        if not found and case.label_values:
+            found = {
+                n: tuple(v for v, m in case.label_values.items() if m == n)
+                for n in case.label_values.values()
+            }
+        if not found:
+            return case
+        regions: dict[str, tuple[int, ...]] = {}
+        for name, values in found.items():
+            own = self._name(name)
+            regions[own] = tuple(dict.fromkeys((*regions.get(own, ()), *values)))
+        named = {v: self._name(n) for v, n in case.label_values.items()} if case.label_values else None
+        return replace(case, label_regions=regions, label_values=named)
+
+    def _name(self, name: str) -> str:
+        if name not in self.known:
+            self.known[name] = self._public(name)
+        return self.known[name]
+
+    def _public(self, name: str) -> str:
+        from data_pipeline.label_names import allowed_name, public_name, stated_name
+
+        src, hashes = self.find.src, self.find.hashes
+        if hashes is not None:
+            return public_name(name, src, lambda text: hashes.of("roi", text))
+        found = stated_name(name, src) or allowed_name(name)
+        if found is None:
+            raise UserError(
+                f"{shown(src.path)}: label {name!r} is no name of anatomy or lesion that may stand in a "
+                f"dataset; state label_names: {{{name}: name}}"
+            )
+        return found
+
+
+def _declare(src: SourceConfig, case: Case, names: _LabelNames) -> Case:
     """Apply what the recipe states over what a dataset file says."""
+    if case.refused is not None:
+        return case
     rel = relative(case.images[0], src.path)
     declared = src.modality_of(rel)
     changes: dict[str, object] = {}
@@ -152,29 +274,36 @@ def _declare(src: SourceConfig, case: Case) -> Case:
     elif (
         isinstance(src.modality, dict) and not case.modality and src.layout != "dicom" and case.series is None
     ):
-        raise UserError(f"{case.images[0]}: no glob of modality in source {src.name!r} matches this image")
+        raise UserError(
+            f"{shown(case.images[0])}: no glob of modality in source {src.name!r} matches this image"
+        )
     changes["units"] = _units(src, case, changes.get("modality", case.modality))
     values, regions = src.labels or case.label_values, src.regions or case.label_regions
     if src.labels is not None and src.regions is None:
         regions = None
     if case.label is not None and values is None and regions is None:
         raise UserError(
-            f"{case.label}: source {src.name!r} has labels but no names; state labels: {{1: name, ...}}"
+            f"{shown(case.label)}: source {src.name!r} has labels but no names; "
+            "state labels: {1: name, ...}"
         )
     ignore = frozenset(src.ignore) | case.ignore
     if regions is None and values is not None:
         values = {v: n for v, n in values.items() if v != 0 and v not in ignore}
-        names = list(dict.fromkeys(values.values()))
-        regions = {name: tuple(v for v, n in values.items() if n == name) for name in names}
-    names = list(regions or ())
-    if src.annotated is not None and (unknown := set(src.annotated) - set(names)):
-        raise UserError(
-            f"source {src.name!r}: annotated names {sorted(unknown)} are not among its labels {names}"
-        )
+        together = dict.fromkeys(values.values())
+        regions = {name: tuple(v for v, n in values.items() if n == name) for name in together}
+    annotated = tuple(regions or ())
+    if src.annotated is not None:
+        stated = tuple(names.known.get(name, name) for name in src.annotated)
+        if unknown := set(stated) - set(annotated):
+            raise UserError(
+                f"source {src.name!r}: annotated names {sorted(unknown)} are not among its labels "
+                f"{list(annotated)}"
+            )
+        annotated = stated
     split = src.split_of(rel) or case.split
     if split is not None and not split.isalnum():
         raise UserError(
-            f"{case.images[0]}: split {split!r}: a split is named by letters and digits, like train"
+            f"{shown(case.images[0])}: split {split!r}: a split is named by letters and digits, like train"
         )
     return replace(
         case,
@@ -182,9 +311,8 @@ def _declare(src: SourceConfig, case: Case) -> Case:
         label_regions=regions,
         ignore=ignore,
         split=split,
-        annotated=(src.annotated if src.annotated is not None else tuple(names))
-        if case.label is not None
-        else (),
+        sequence=src.sequence_of(rel) or case.sequence,
+        annotated=annotated if case.label is not None else (),
         **changes,  # type: ignore[arg-type]
     )
 
@@ -194,13 +322,13 @@ def _units(src: SourceConfig, case: Case, modality: object) -> str | None:
     stated = {u for image in case.images if (u := src.units_of(relative(image, src.path))) is not None}
     if len(stated) > 1:
         raise UserError(
-            f"{case.images[0]}: source {src.name!r} states units {' and '.join(sorted(stated))} for "
+            f"{shown(case.images[0])}: source {src.name!r} states units {' and '.join(sorted(stated))} for "
             "channels of one case; state those of PET alone, CT is in HU"
         )
     units = next(iter(stated), None)
     if units in MEASURED_BY and modality and MEASURED_BY[units] not in cast("tuple[str, ...]", modality):
         raise UserError(
-            f"{case.images[0]}: source {src.name!r} states units {units}, which are those of "
+            f"{shown(case.images[0])}: source {src.name!r} states units {units}, which are those of "
             f"{MEASURED_BY[units]}; state units: {{glob: units}} for the files that have them"
         )
     return units
@@ -212,7 +340,8 @@ def _assign_subjects(src: SourceConfig, cases: list[Case]) -> list[Case]:
         missing = [c.name for c in cases if c.name not in groups]
         if missing:
             raise UserError(
-                f"{src.subjects}: {len(missing)} of {len(cases)} cases are not listed, first {missing[0]!r}"
+                f"{shown(src.subjects)}: {len(missing)} of {len(cases)} cases are not listed, "
+                f"first {missing[0]!r}"
             )
         return [replace(c, subject=groups[c.name]) for c in cases]
     if src.subject_pattern is not None:
@@ -221,25 +350,28 @@ def _assign_subjects(src: SourceConfig, cases: list[Case]) -> list[Case]:
         if None in found:
             bad = cases[found.index(None)].images[0]
             raise UserError(
-                f"{bad}: subject_pattern {src.subject_pattern!r} of source {src.name!r} does not match"
+                f"{shown(bad)}: subject_pattern {src.subject_pattern!r} of source {src.name!r} does not match"
             )
         return [replace(c, subject=m.group(1)) for c, m in zip(cases, found) if m is not None]
     # Where file names repeat from folder to folder (S1/ct, S2/ct), the folder is the subject; else the file
     # is.
-    names = Counter(c.name for c in cases)
-    by_folder = len(cases) > 1 and max(names.values()) > 1
+    names = Counter(c.name for c in cases if not c.subject)
+    by_folder = sum(names.values()) > 1 and max(names.values()) > 1
     return [
         c if c.subject else replace(c, subject=c.images[0].parent.name if by_folder else c.name)
         for c in cases
     ]
 
 
-def _subjects_table(path: Path) -> dict[str, str]:
+def _subjects_table(path: Location) -> dict[str, str]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+        with store_errors(path):
+            text = path.read_bytes().decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: the subjects table cannot be read ({type(error).__name__})") from error
+        raise UserError(
+            f"{shown(path)}: the subjects table cannot be read ({type(error).__name__})"
+        ) from error
     if not rows or not {"case", "group"} <= set(rows[0]):
-        raise UserError(f"{path}: the subjects table needs the columns case,group")
+        raise UserError(f"{shown(path)}: the subjects table needs the columns case,group")
     return {row["case"]: row["group"] for row in rows}

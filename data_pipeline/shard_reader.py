@@ -16,14 +16,15 @@ from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_
 OPEN_SHARDS = 32  # file descriptors a reader keeps; a lane's window of shards fits
 CACHED_INDICES = 64  # parsed indices a reader keeps; about 60 KB for a 512x512x300 CT
 GAP = 32 * 1024  # bytes read and thrown away rather than starting another request
+INVALID = -32768  # as in storage.py, which imports this file: stored int16 of a voxel with no real value
 
 
 class DamagedSample(Exception):
     """Bytes of a sample are missing or not what was written.
 
-    Attributes: `key` of the sample, `shard` (file name), `member` ("image", "l1", "l2", "seg", "idx"),
-    `chunk` (number in C-order over the member's chunk grid, -1 where the fault is not in a chunk), `reason`
-    (one phrase).
+    Attributes: `key` of the sample, `shard` (file name), `member` ("image", "l1", "l2", "seg", "hide",
+    "idx"), `chunk` (number in C-order over the member's chunk grid, -1 where the fault is not in a chunk),
+    `reason` (one phrase).
     """
 
     def __init__(self, key: str, shard: str, member: str, chunk: int, reason: str) -> None:
@@ -140,18 +141,28 @@ class ShardReader:
         self.manifest = manifest
         self._keys, self._shards = manifest.column("key"), manifest.column("shard")
         self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._hide_sizes: np.ndarray | None = None
         self._indices: OrderedDict[int, dict[str, MemberIndex]] = OrderedDict()
 
     def read_box(
-        self, row: int, member: str, channel: int | None, origin: Sequence[int], extent: Sequence[int]
+        self,
+        row: int,
+        member: str,
+        channel: int | None,
+        origin: Sequence[int],
+        extent: Sequence[int],
+        *,
+        hidden: bool = False,
     ) -> np.ndarray:
         """Voxels of one box, stored dtype, C-contiguous.
 
-        `row` is a row of the manifest, `member` one of "image", "l1", "l2", "seg"; `channel` an index on the
-        first axis (channel, or layer of seg), or None for all of them. `origin` and `extent` are (z, y, x)
-        voxels of that member. Returns (z, y, x), or (c, z, y, x) when `channel` is None. Raises
-        `DamagedSample`, never wrong voxels; ValueError when the box does not lie inside the member or the
-        sample has no such member.
+        `row` is a row of the manifest, `member` one of "image", "l1", "l2", "seg", "hide"; `channel` an index
+        on the first axis (channel, or layer of seg), or None for all of them. `origin` and `extent` are
+        (z, y, x) voxels of that member. Returns (z, y, x), or (c, z, y, x) when `channel` is None. Voxels of
+        "image" that the sample hides (member "hide", 1 where `deface: mask` found a face) come back as
+        invalid, INVALID or NaN, unless `hidden`; the reduced levels never held them. Raises `DamagedSample`,
+        never wrong voxels; ValueError when the box does not lie inside the member or the sample has no such
+        member.
         """
         index = self._member(row, member)
         channels = (0, index.shape[0]) if channel is None else (channel, channel + 1)
@@ -163,7 +174,26 @@ class ShardReader:
             )
         out = np.empty(tuple(b - a for a, b in zip(low, high)), index.dtype)
         self._fill(row, index, low, high, out)
+        if member == "image" and not hidden and self.hides(row):
+            out[:, self._hidden(row, index, low, high)] = np.nan if out.dtype.kind == "f" else INVALID
         return out if channel is None else out[0]
+
+    def hides(self, row: int) -> bool:
+        """Whether a sample has voxels that are hidden from training."""
+        if self._hide_sizes is None:
+            self._hide_sizes = self.manifest.column("hide_size")
+        return bool(self._hide_sizes[row] > 0)
+
+    def _hidden(
+        self, row: int, image: MemberIndex, low: tuple[int, ...], high: tuple[int, ...]
+    ) -> np.ndarray:
+        """Which voxels (z, y, x) of the box [low, high) of an image are hidden."""
+        index = self._member(row, "hide")
+        if index.shape != (1, *image.shape[1:]):
+            raise self._damaged(row, "hide", -1, "its shape is not the image's")
+        hide = np.empty((1, *(b - a for a, b in zip(low[1:], high[1:]))), index.dtype)
+        self._fill(row, index, (0, *low[1:]), (1, *high[1:]), hide)
+        return hide[0] != 0
 
     def _fill(
         self, row: int, index: MemberIndex, low: tuple[int, ...], high: tuple[int, ...], out: np.ndarray

@@ -5,13 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path, PurePath
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
+from upath import UPath
 
+from data_pipeline.locations import location
 from data_pipeline.volume import Modality, Triple, Units
 
+
+def _written(place: Path | UPath) -> Path | str:
+    return place if isinstance(place, Path) else str(place)
+
+
+Place = Annotated[InstanceOf[Path] | InstanceOf[UPath], BeforeValidator(location), PlainSerializer(_written)]
 Layout = Literal["auto", "msd", "nnunet", "bids", "table", "folder", "dicom"]
 
 
@@ -22,10 +39,14 @@ class SourceConfig(BaseModel):
     match wins, and a glob without ``/`` may also match the file's name alone.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    path: Path = Field(description="folder, or table file (.csv, .tsv, .parquet)")
-    name: str = Field("", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="short name in manifest and reports")
+    path: Place = Field(
+        description="folder, file or table (.csv, .tsv, .parquet); a local path or an address like s3://bucket/x"
+    )
+    name: str = Field(
+        "source", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="short name in manifest and reports"
+    )
     layout: Layout = "auto"
     modality: Modality | dict[str, Modality] | None = None
     units: Units | dict[str, Units] | None = Field(
@@ -85,7 +106,7 @@ class SourceConfig(BaseModel):
     )
     ignore: tuple[int, ...] = Field((), description="label values that are neither class nor background")
 
-    subjects: Path | None = Field(None, description="csv with columns case,group")
+    subjects: Place | None = Field(None, description="csv with columns case,group")
     subject_pattern: str | None = Field(
         None, description="regular expression on the relative path; group 1 is the subject"
     )
@@ -94,15 +115,6 @@ class SourceConfig(BaseModel):
     geometry: Literal["volume", "slab", "planar"] | None = None
     licence: str = "not stated"
     attribution: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_name(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("name") and data.get("path"):
-            path = Path(data["path"])
-            stem = path.stem if path.suffix else path.name
-            data = {**data, "name": re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:40] or "source"}
-        return data
 
     @field_validator("subject_pattern")
     @classmethod
@@ -128,6 +140,11 @@ class SourceConfig(BaseModel):
             raise ValueError("label_glob with * needs include, whose * it repeats")
         return self
 
+    def selects(self, relative: str) -> bool:
+        """Whether ``include`` and ``exclude`` leave an image."""
+        included = not self.include or any(matches(glob, relative) is not None for glob in self.include)
+        return included and not any(matches(glob, relative) is not None for glob in self.exclude)
+
     def modality_of(self, relative: str) -> str | None:
         """Declared modality of an image, or None."""
         return _by_glob(self.modality, relative)
@@ -139,6 +156,10 @@ class SourceConfig(BaseModel):
     def split_of(self, relative: str) -> str | None:
         """Declared split of an image, or None."""
         return _by_glob(self.splits, relative)
+
+    def sequence_of(self, relative: str) -> str | None:
+        """Declared MR sequence of an image, or None."""
+        return _by_glob(self.sequence, relative)
 
 
 def matches(glob: str, relative: str) -> tuple[str, ...] | None:
@@ -170,7 +191,7 @@ def _pattern(glob: str) -> re.Pattern[str]:
     parts = [re.escape(text) for text in _WILD.split(glob)]
     for n, token in enumerate(_WILD.findall(glob)):
         parts[n] += _MEANING.get(token) or f"({token.replace('[!', '[^')})"
-    return re.compile("".join(parts))
+    return re.compile("".join(parts), re.DOTALL)  # a name may hold a line break
 
 
 def _by_glob(value: str | Mapping[str, str] | None, relative: str) -> str | None:
@@ -178,7 +199,7 @@ def _by_glob(value: str | Mapping[str, str] | None, relative: str) -> str | None
         return value
     for glob, found in value.items():
         if matches(glob, relative) is not None or (
-            "/" not in glob and matches(glob, PurePath(relative).name) is not None
+            "/" not in glob and matches(glob, PurePosixPath(relative).name) is not None
         ):
             return found
     return None

@@ -62,8 +62,8 @@ def build(args: argparse.Namespace, _: Sequence[str]) -> int:
         changes[name] = getattr(args, name)
     if args.spacing:
         changes["spacing"] = spacing_of(args.spacing)
-    sources = [Path(place) for place in args.sources]
-    recipes = [path for path in sources if path.suffix.lower() in (".yaml", ".yml")]
+    sources = list(args.sources)  # text: `Path` would spoil an address like s3://bucket
+    recipes = [place for place in sources if place.lower().endswith((".yaml", ".yml"))]
     if recipes and len(sources) > 1:
         raise UserError(f"{recipes[0]}: give one YAML file, which lists every source, or folders and tables")
     recipe = read_recipe(sources[0] if recipes else sources, Path(args.root) if args.root else None, changes)

@@ -1,4 +1,4 @@
-"""Raw scans to `Volume`: NIfTI, NRRD, MHA/MHD, DICOM, and PNG/JPEG/TIFF radiographs.
+"""Raw scans to `Volume`: NIfTI, NRRD, MHA/MHD, NumPy `.npz`, DICOM, and PNG/JPEG/TIFF radiographs.
 
 A reader returns the true voxels in their true place, or raises `Quarantined` with a code. Formats are
 imported when first needed.
@@ -10,28 +10,55 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 
 from data_pipeline.errors import Quarantined, UserError
+from data_pipeline.locations import Location, fetched, is_remote
 from data_pipeline.readers.raw import Raw, check_affine
+from data_pipeline.readers.shear import is_sheared, straighten
 from data_pipeline.volume import Channel, Modality, SpacingSource, Triple, Units, Volume, corner_distance
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+NUMPY = (".npz",)
 DICOM = (".dcm", ".dicom", ".ima")
-SUFFIXES = NIFTI + ITK + PICTURES + DICOM
+SUFFIXES = NIFTI + ITK + PICTURES + NUMPY + DICOM
+PAIRED = (".img",)  # read through its .hdr
 #: What a channel has to be for real units to be its own.
 MEASURED_BY = {"HU": "CT", "SUV": "PT"}
 #: Real values of a CT below this are fill outside the field of view (-2000, -2048, -3024, ...), never tissue
 #: or air.
 CT_PADDING_BELOW = -1500.0
+Shear = Literal["resample", "quarantine"]
+
+
+def is_image(path: Location) -> bool:
+    """Whether a file is one of the kinds read here by its suffix (the second file of a pair is not)."""
+    name = path.name.lower()
+    return name.endswith(SUFFIXES) and not name.endswith(PAIRED)
+
+
+def companions(path: Location) -> list[Location]:
+    """Files without which one cannot be read: the other of a NIfTI pair, the voxels of a detached header.
+
+    Of those that the header names, only files beside or below it: it comes from elsewhere.
+    """
+    name = path.name
+    if name.lower().endswith((".hdr", ".img")):
+        other = {".hdr": ".img", ".img": ".hdr", ".HDR": ".IMG", ".IMG": ".HDR"}.get(name[-4:], ".img")
+        return [path.with_name(name[:-4] + other)]
+    if name.lower().endswith((".nhdr", ".mhd")):
+        from data_pipeline.readers.itk import data_files
+
+        return [path.parent / part for part in data_files(path)]
+    return []
 
 
 def read(
-    path: Path,
+    path: Location,
     *,
     modality: str | Sequence[str] | None = None,
     spacing: Triple | None = None,
@@ -39,8 +66,10 @@ def read(
     accept_no_form: bool = False,
     units: str | None = None,
     channel_names: Sequence[str] | None = None,
-    series: str | Sequence[Path] | None = None,
+    series: str | Sequence[Location] | None = None,
     accept_secondary: bool = False,
+    shear: Shear = "resample",
+    voi_lut: bool = False,
 ) -> Volume:
     """One file, or one DICOM series (a folder of any nesting), as a `Volume` in nearest L, P, S order.
 
@@ -51,21 +80,27 @@ def read(
     used where the file states none; ``field_mm`` is the width of a picture's field where neither does.
     ``accept_no_form`` accepts a NIfTI that has spacing but no position.
     ``series`` is the SeriesInstanceUID to take from a folder that holds several, or the very files of the
-    series. Raises `Quarantined` for an input that cannot be trusted, `UserError` for a missing declaration.
+    series; one of several acquisitions is refused (`read_all` gives them). ``shear`` says whether axes that
+    are not at right angles (gantry tilt) are resampled (`shear.straighten`) or refused. ``voi_lut`` applies
+    the VOI LUT or window of DICOM radiographs. Raises `Quarantined` for an input that cannot be trusted,
+    `UserError` for a missing declaration.
     """
-    options = _Options(modality, spacing, field_mm, accept_no_form, units, series, accept_secondary)
-    raw = options.decode(Path(path))
+    options = _Options(
+        modality, spacing, field_mm, accept_no_form, units, series, accept_secondary, shear, voi_lut
+    )
+    raws = options.decode(path, components=channel_names is not None)
+    raw = _only(raws, path)
     try:
         if channel_names is not None and len(raw.frames) != len(channel_names) and len(channel_names) > 1:
             raise Quarantined("channel_count", f"{len(raw.frames)} frames for {len(channel_names)} channels")
         count = len(channel_names) if channel_names else 1
         return options.volume(raw, range(count), channel_names)
     except Quarantined as error:
-        raise error.at(Path(path)) from error.__cause__
+        raise error.at(path) from error.__cause__
 
 
 def read_all(
-    path: Path,
+    path: Location,
     *,
     more_frames: int = 3,
     seed: int = 0,
@@ -74,26 +109,33 @@ def read_all(
     field_mm: float | None = None,
     accept_no_form: bool = False,
     units: str | None = None,
-    series: str | Sequence[Path] | None = None,
+    series: str | Sequence[Location] | None = None,
     accept_secondary: bool = False,
+    shear: Shear = "resample",
+    voi_lut: bool = False,
 ) -> list[Volume]:
-    """Like `read` for a file whose fourth axis is time: the first frame and at most ``more_frames`` others.
+    """Like `read` for a file whose fourth axis is time, or a DICOM series of several acquisitions.
 
-    The others are drawn without replacement by ``seed`` and returned in time order; ``provenance["frame"]``
-    says which each is. A 3D file gives one volume.
+    Of each acquisition, the first frame in time and at most ``more_frames`` others are drawn without
+    replacement by ``seed`` and returned in time order; ``provenance["frame"]`` says which each is, and
+    ``provenance["acquisition"]`` of which acquisition. A 3D file gives one volume.
     """
-    options = _Options(modality, spacing, field_mm, accept_no_form, units, series, accept_secondary)
-    raw = options.decode(Path(path))
-    n = len(raw.frames)
-    others = random.Random(f"frames {seed} {n}").sample(range(1, n), min(more_frames, n - 1))
+    options = _Options(
+        modality, spacing, field_mm, accept_no_form, units, series, accept_secondary, shear, voi_lut
+    )
+    volumes = []
     try:
-        return [options.volume(raw, [frame], None) for frame in [0, *sorted(others)]]
+        for raw in options.decode(path):
+            n = len(raw.frames)
+            others = random.Random(f"frames {seed} {n}").sample(range(1, n), min(more_frames, n - 1))
+            volumes += [options.volume(raw, [frame], None) for frame in [0, *sorted(others)]]
+        return volumes
     except Quarantined as error:
-        raise error.at(Path(path)) from error.__cause__
+        raise error.at(path) from error.__cause__
 
 
 def read_channels(
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     *,
     modality: str | Sequence[str] | None = None,
     channel_names: Sequence[str] | None = None,
@@ -101,8 +143,10 @@ def read_channels(
     field_mm: float | None = None,
     accept_no_form: bool = False,
     units: str | None = None,
-    series: str | Sequence[Path] | None = None,
+    series: str | Sequence[Location] | None = None,
     accept_secondary: bool = False,
+    shear: Shear = "resample",
+    voi_lut: bool = False,
 ) -> Volume:
     """Files on one grid, stacked as channels (one file with channels on its fourth axis is read as such).
 
@@ -123,6 +167,8 @@ def read_channels(
             accept_no_form=accept_no_form,
             series=series,
             accept_secondary=accept_secondary,
+            shear=shear,
+            voi_lut=voi_lut,
         )
     if names is not None and len(names) != len(paths):
         raise Quarantined("channel_count", f"{len(paths)} files for {len(names)} channels", paths[0])
@@ -137,6 +183,8 @@ def read_channels(
             units=units,
             series=series,
             accept_secondary=accept_secondary,
+            shear=shear,
+            voi_lut=voi_lut,
         )
         for n, p in enumerate(paths)
     ]
@@ -174,20 +222,28 @@ class _Options:
         field_mm: float | None,
         accept_no_form: bool,
         units: str | None,
-        series: str | Sequence[Path] | None,
+        series: str | Sequence[Location] | None,
         accept_secondary: bool,
+        shear: Shear,
+        voi_lut: bool,
     ) -> None:
+        self.shear, self.voi_lut = shear, voi_lut
         self.modality, self.spacing, self.field_mm, self.units = modality, spacing, field_mm, units
         self.accept_no_form, self.series, self.accept_secondary = accept_no_form, series, accept_secondary
 
-    def decode(self, path: Path) -> Raw:
+    def decode(self, path: Location, components: bool = False) -> list[Raw]:
         self.path = path
-        return decode(
+        raws = decode_all(
             path,
             accept_no_form=self.accept_no_form,
             series=self.series,
             accept_secondary=self.accept_secondary,
+            shear=self.shear,
+            voi_lut=self.voi_lut,
         )
+        if raws[0].components and not components:
+            raise Quarantined("unsupported_layout", f"{len(raws[0].frames)} components per voxel", path)
+        return raws
 
     def volume(self, raw: Raw, frames: Sequence[int] | range, names: Sequence[str] | None) -> Volume:
         modalities = [self._modality(raw, n) for n in range(len(frames))]
@@ -205,7 +261,7 @@ class _Options:
             for n, m in enumerate(modalities)
         )
         c = len(channels)
-        return Volume.on_grid(
+        volume = Volume.on_grid(
             voxels,
             channels,
             affine,
@@ -215,7 +271,8 @@ class _Options:
             invalid=invalid,
             provenance=provenance,
             instances=raw.instances,
-        ).to_lps()
+        )
+        return (straighten(volume) if is_sheared(affine) else volume).to_lps()
 
     def _modality(self, raw: Raw, channel: int) -> str:
         declared = _modality_of(self.modality, channel)
@@ -240,7 +297,7 @@ class _Options:
 
     def _spacing(self, raw: Raw) -> tuple[np.ndarray, SpacingSource]:
         if raw.spacing_known:
-            return check_affine(raw.affine), "header"
+            return check_affine(raw.affine, sheared=self.shear == "resample"), "header"
         if self.spacing is not None:
             mm, source = self.spacing, "declared"
         elif self.field_mm is not None:
@@ -252,44 +309,98 @@ class _Options:
             )
         scaled = raw.affine.copy()
         scaled[:3, :3] = raw.affine[:3, :3] * np.array(mm[::-1], dtype=np.float64)
-        return check_affine(scaled), cast("SpacingSource", source)
+        return check_affine(scaled, sheared=self.shear == "resample"), cast("SpacingSource", source)
 
 
 def decode(
-    path: Path,
+    path: Location,
     *,
     accept_no_form: bool = False,
-    series: str | Sequence[Path] | None = None,
+    series: str | Sequence[Location] | None = None,
     accept_secondary: bool = False,
+    label: bool = False,
 ) -> Raw:
-    """The frames of a file or series as they are stored, without any declaration. Raises `Quarantined`."""
+    """The frames of a file or series as they are stored, without any declaration. Raises `Quarantined`.
+
+    A remote file is fetched for the time of the call. ``label`` takes the label of a file that holds both.
+    """
+    raws = decode_all(
+        path, accept_no_form=accept_no_form, series=series, accept_secondary=accept_secondary, label=label
+    )
+    return _only(raws, path)
+
+
+def decode_all(
+    path: Location,
+    *,
+    accept_no_form: bool = False,
+    series: str | Sequence[Location] | None = None,
+    accept_secondary: bool = False,
+    shear: Shear = "resample",
+    voi_lut: bool = False,
+    label: bool = False,
+) -> list[Raw]:
+    """Like `decode`, every acquisition of a DICOM series (any other file is one)."""
     try:
-        if not path.exists():
+        if is_remote(path):
+            if not path.exists():
+                raise Quarantined("missing")
+            with fetched([path, *companions(path)]) as local:
+                near = local[path]
+                if _is_dicom(near):
+                    return _decode_dicom(near, series, accept_secondary, shear, voi_lut)
+                return [_decode(near, accept_no_form, label)]
+        here = Path(path)  # type: ignore[arg-type]
+        if not here.exists():
             raise Quarantined("missing")
-        if path.is_dir() or _looks_like_dicom(path):
-            from data_pipeline.readers import dicom
-
-            return dicom.decode(path, series=series, accept_secondary=accept_secondary)
-        name = path.name.lower()
-        if name.endswith(NIFTI):
-            from data_pipeline.readers import nifti
-
-            return nifti.decode(path, accept_no_form=accept_no_form)
-        if name.endswith(ITK):
-            from data_pipeline.readers import itk
-
-            return itk.decode(path)
-        if name.endswith(PICTURES):
-            from data_pipeline.readers import radiograph
-
-            return radiograph.decode(path)
-        raise Quarantined("unsupported_format", f"readable: {' '.join(SUFFIXES)} and DICOM")
+        if _is_dicom(here):
+            return _decode_dicom(here, series, accept_secondary, shear, voi_lut)
+        return [_decode(here, accept_no_form, label)]
     except Quarantined as error:
-        raise error.at(path) from error.__cause__
+        raise type(error)(error.code, error.detail, path) from error.__cause__
 
 
-def _looks_like_dicom(path: Path) -> bool:
+def _decode_dicom(
+    path: Path, series: str | Sequence[Location] | None, accept_secondary: bool, shear: Shear, voi_lut: bool
+) -> list[Raw]:
+    from data_pipeline.readers import dicom
+
+    return dicom.decode_all(
+        path, series=series, accept_secondary=accept_secondary, shear=shear, voi_lut=voi_lut
+    )
+
+
+def _decode(path: Path, accept_no_form: bool, label: bool) -> Raw:
     name = path.name.lower()
+    if name.endswith(NIFTI):
+        from data_pipeline.readers import nifti
+
+        return nifti.decode(path, accept_no_form=accept_no_form)
+    if name.endswith(ITK):
+        from data_pipeline.readers import itk
+
+        return itk.decode(path, accept_no_form=accept_no_form, label=label)
+    if name.endswith(PICTURES):
+        from data_pipeline.readers import radiograph
+
+        return radiograph.decode(path)
+    if name.endswith(NUMPY):
+        from data_pipeline.readers import npz
+
+        return npz.decode(path, label=label)
+    raise Quarantined("unsupported_format", f"readable: {' '.join(SUFFIXES)} and DICOM")
+
+
+def _only(raws: list[Raw], path: Location) -> Raw:
+    if len(raws) > 1:
+        raise Quarantined("several_acquisitions", f"{len(raws)} of them", path)
+    return raws[0]
+
+
+def _is_dicom(path: Path) -> bool:
+    name = path.name.lower()
+    if path.is_dir():
+        return True
     if name.endswith(DICOM):
         return True
     if name.endswith(SUFFIXES):

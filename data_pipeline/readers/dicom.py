@@ -1,277 +1,243 @@
-"""DICOM series to one volume, with pydicom. Source: DICOM PS3.3 (image plane, enhanced multi-frame, PET
-modules).
+"""DICOM files of one series to images, with pydicom. Source: DICOM PS3.3 (image plane, enhanced multi-frame).
 
 Slices are sorted by their position along the normal of the image plane, so k grows along that normal (row
-direction × column direction), as in SimpleITK. Nothing is interpolated: a series whose slices do not lie on
-one right-angled, evenly spaced grid is refused with a code.
+direction × column direction), as in SimpleITK. Nothing is interpolated here: slices that do not lie on evenly
+spaced grids are refused with a code. What makes an image of its own is stated in `dicom_split`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
 from data_pipeline.errors import Quarantined
+from data_pipeline.locations import Location
 from data_pipeline.privacy import technical_fields
 from data_pipeline.readers import dicom_pixels
+from data_pipeline.readers.dicom_acquisition import number
+from data_pipeline.readers.dicom_frames import Frame, frames_of
+from data_pipeline.readers.dicom_grid import tilt_degrees
 from data_pipeline.readers.dicom_kinds import MODALITIES, listed, refusal
+from data_pipeline.readers.dicom_pixels import PIXELS, Pixels
+from data_pipeline.readers.dicom_sequence import sequence
 from data_pipeline.readers.dicom_series import files_of_series, read_header
+from data_pipeline.readers.dicom_split import Acquisition, acquisitions
 from data_pipeline.readers.raw import Raw
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-EVEN = 0.05  # largest deviation of a slice distance, as a share of the median
-OFF_GRID = 0.1  # largest distance of a slice from its place on the even grid, in slice distances
-DRIFT = 0.5  # largest sideways shift of a slice against the first, in in-plane pixels
+Shear = Literal["resample", "quarantine"]
+DIFFUSION_B = 10.0  # s/mm²: a series with a b-value above it is one of diffusion, its b = 0 images too
 
 
-def decode(path: Path, *, series: str | Sequence[Path] | None = None, accept_secondary: bool = False) -> Raw:
-    """One DICOM file (a slice, a radiograph or a multi-frame object), or the one image series in a folder.
+def decode_all(
+    path: Path,
+    *,
+    series: str | Sequence[Location] | None = None,
+    accept_secondary: bool = False,
+    shear: Shear = "resample",
+    voi_lut: bool = False,
+) -> list[Raw]:
+    """The images of one DICOM file, or of the one image series in a folder: an image an acquisition.
 
     ``series`` chooses among several by SeriesInstanceUID, or gives the files so that no folder is searched.
+    Each `Raw` has frames (t, z, y, x), t > 1 for repeats in time or among gradient directions only; its
+    affine leans where the gantry was tilted, or such a series is refused if ``shear`` is "quarantine".
+    ``voi_lut`` applies the VOI LUT or window of radiographs. Raises `Quarantined` where no image is whole; of
+    several, the whole ones are returned and ``provenance`` counts the rest (``acquisitions_refused``,
+    ``frames_refused``, ``objects_refused``).
     """
     if series is not None and not isinstance(series, str):
-        files: Sequence[Path] = series
+        files = [cast("Path", file) for file in series]  # remote files are fetched by the caller
     elif path.is_file():
         files = [path]
     else:
-        files = files_of_series(path, series)
+        files = list(files_of_series(path, series))
     try:
-        return _decode([read_header(file, with_pixels=True) for file in files], accept_secondary)
+        return _decode(
+            [read_header(file, with_pixels=True) for file in files], accept_secondary, shear, voi_lut
+        )
     except Quarantined:
         raise
     except Exception as error:  # pydicom converts a value when it is first used: a damaged one fails anywhere
         raise Quarantined("unreadable", f"a header value: {type(error).__name__}") from error
 
 
-def _decode(found: list[Dataset], accept_secondary: bool) -> Raw:
-    for ds in found:
-        code = refusal(ds, accept_secondary)
-        if code is not None:
-            raise Quarantined(code)
-    # A file stored twice is one slice, not two.
-    datasets = list({str(ds.get("SOPInstanceUID", "")) or id(ds): ds for ds in found}.values())
-    first = datasets[0]
-    if "PixelData" not in first and "FloatPixelData" not in first:
+def _decode(found: list[Dataset], accept_secondary: bool, shear: Shear, voi_lut: bool) -> list[Raw]:
+    codes = [refusal(ds, accept_secondary) for ds in found]
+    datasets = _distinct([ds for ds, code in zip(found, codes) if code is None])
+    if not datasets:
+        raise Quarantined(next(code for code in codes if code is not None))
+    if not any(name in ds for ds in datasets for name in PIXELS):
         raise Quarantined("no_pixel_data")
-    modality = MODALITIES[str(first.Modality)]
-    if len(datasets) == 1 and "PerFrameFunctionalGroupsSequence" in first:
-        return _stack(_enhanced_slices(first), modality)
+    kinds = {MODALITIES[str(ds.Modality)] for ds in datasets}
+    if len(kinds) > 1:
+        raise Quarantined("several_series", f"{len(kinds)} modalities in one series")
+    modality = kinds.pop()
+    left_out = Counter(code for code in codes if code is not None)
     if modality == "XR":
-        return _projection(datasets)
-    return _stack([_classic_slice(ds) for ds in datasets], modality)
+        raws, refused = _radiographs(datasets, voi_lut)
+    else:
+        frames: list[Frame] = []
+        for ds in datasets:
+            made, bad = frames_of(ds, modality)
+            frames += made
+            left_out.update(bad)
+        if not frames:
+            raise Quarantined(next(iter(left_out)))
+        raws, refused = _volumes(frames, modality, shear)
+    if not raws:
+        raise refused[0]
+    notes = {}
+    if len(raws) + len(refused) > 1:
+        notes["acquisitions_refused"] = str(len(refused))
+    if left_out:
+        notes["objects_refused"] = str(left_out.total())
+    notes = {name: value for name, value in notes.items() if value != "0"}
+    several = len(raws) > 1
+    return [
+        replace(
+            raw,
+            provenance={
+                **raw.provenance,
+                **notes,
+                **({"acquisition": f"{n} of {len(raws)}"} if several else {}),
+            },
+        )
+        for n, raw in enumerate(raws)
+    ]
 
 
-@dataclass
-class _Slice:
-    dataset: Dataset
-    frame: int | None  # of a multi-frame object
-    shape: tuple[int, int]
-    orientation: np.ndarray  # (2, 3): unit vectors along a row (x) and along a column (y)
-    position: np.ndarray  # LPS mm of the first pixel's centre
-    pixel: tuple[float, float]  # mm between rows (y), between columns (x)
-    thickness: float | None
-    order: tuple[Any, ...]  # of slices at one position
-    functional: tuple[Dataset, ...] = ()
+def _distinct(found: list[Dataset]) -> list[Dataset]:
+    """A file stored twice is one slice, not two; one UID given to several slices is still several."""
+    seen: dict[tuple, Dataset] = {}
+    for ds in found:
+        uid = str(ds.get("SOPInstanceUID", "") or id(ds))
+        place = tuple(str(v) for v in listed(ds.get("ImagePositionPatient")))
+        seen.setdefault((uid, str(ds.get("InstanceNumber", "")), place), ds)
+    return list(seen.values())
 
 
-def _classic_slice(ds: Dataset) -> _Slice:
-    order = (
-        _number(ds.get("TemporalPositionIdentifier")),
-        _number(ds.get("EchoNumbers")),
-        _number(ds.get("AcquisitionNumber")),
-        _number(ds.get("InstanceNumber")),
-    )
-    thickness = ds.get("SpacingBetweenSlices") or ds.get("SliceThickness")
-    return _slice(
-        ds,
-        None,
-        ds.get("ImageOrientationPatient"),
-        ds.get("ImagePositionPatient"),
-        ds.get("PixelSpacing"),
-        thickness,
-        order,
-    )
+def _volumes(frames: list[Frame], modality: str, shear: Shear) -> tuple[list[Raw], list[Quarantined]]:
+    found, refused = acquisitions(frames, modality)
+    if shear == "quarantine":
+        upright = []
+        for acquisition in found:
+            angle = tilt_degrees(acquisition.step, acquisition.frames[0][0].normal)
+            if angle < 1e-6:
+                upright.append(acquisition)
+            else:
+                refused.append(Quarantined("gantry_tilt", f"slices lean by {angle:.1f} degrees"))
+        found = upright
+    pixels = dicom_pixels.decode_all([[f for time in a.frames for f in time] for a in found], modality)
+    diffusion = any((a.b_value or 0.0) >= DIFFUSION_B for a in found)
+    raws = []
+    for acquisition, decoded in zip(found, pixels):
+        if isinstance(decoded, Quarantined):
+            refused.append(decoded)
+        else:
+            raws.append(_raw(acquisition, decoded, modality, diffusion))
+    return raws, refused
 
 
-def _enhanced_slices(ds: Dataset) -> list[_Slice]:
-    shared = ds.get("SharedFunctionalGroupsSequence") or [None]
-    slices = []
-    for n, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
-        groups = tuple(g for g in (group, shared[0]) if g is not None)
-        orientation = _functional(groups, "PlaneOrientationSequence", "ImageOrientationPatient")
-        position = _functional(groups, "PlanePositionSequence", "ImagePositionPatient")
-        spacing = _functional(groups, "PixelMeasuresSequence", "PixelSpacing")
-        thickness = _functional(groups, "PixelMeasuresSequence", "SpacingBetweenSlices")
-        thickness = thickness or _functional(groups, "PixelMeasuresSequence", "SliceThickness")
-        made = _slice(ds, n, orientation, position, spacing, thickness, (n,))
-        made.functional = groups
-        slices.append(made)
-    return slices
-
-
-def _functional(groups: Iterable[Dataset], sequence: str, name: str) -> Any:
-    for group in groups:
-        items = group.get(sequence)
-        if items and items[0].get(name) is not None:
-            return items[0].get(name)
-    return None
-
-
-def _slice(
-    ds: Dataset,
-    frame: int | None,
-    orientation: Any,
-    position: Any,
-    spacing: Any,
-    thickness: Any,
-    order: tuple,
-) -> _Slice:
-    if spacing is None or len(spacing) != 2:
-        raise Quarantined("no_spacing", "no PixelSpacing")
-    if orientation is None or position is None or len(orientation) != 6 or len(position) != 3:
-        raise Quarantined("no_geometry", "no image orientation or position")
-    vectors = np.array([float(v) for v in orientation]).reshape(2, 3)
-    lengths = np.linalg.norm(vectors, axis=1)
-    if (
-        not np.isfinite(vectors).all()
-        or np.abs(lengths - 1).max() > 0.01
-        or abs(vectors[0] @ vectors[1]) > 0.01
-    ):
-        raise Quarantined("bad_geometry", "row and column directions are not at right angles")
-    vectors /= lengths[:, np.newaxis]
-    rows, columns = int(ds.Rows), int(ds.Columns)
-    return _Slice(
-        ds,
-        frame,
-        (rows, columns),
-        vectors,
-        np.array([float(v) for v in position]),
-        (float(spacing[0]), float(spacing[1])),
-        None if thickness in (None, "") else abs(float(thickness)),
-        order,
-    )
-
-
-def _stack(slices: list[_Slice], modality: str) -> Raw:
-    """Sort, check that the slices are one grid (or whole repeats of one), decode and stack."""
-    first = slices[0]
-    if any(s.shape != first.shape or not np.allclose(s.pixel, first.pixel, rtol=1e-3) for s in slices):
-        raise Quarantined("mixed_shape", f"{len({s.shape for s in slices})} sizes in {len(slices)} slices")
-    if max(np.abs(s.orientation - first.orientation).max() for s in slices) > 2e-3:
-        raise Quarantined("mixed_orientation", f"{len(slices)} slices")
-    normal = np.cross(*first.orientation)
-    groups = _by_position(slices, normal)
-    repeats = {len(g) for g in groups}
-    if len(repeats) > 1:
-        raise Quarantined("duplicate_slices", f"{len(slices)} slices at {len(groups)} positions")
-    step = _step([g[0] for g in groups], normal)
-
+def _raw(acquisition: Acquisition, pixels: Pixels, modality: str, diffusion: bool) -> Raw:
+    first = acquisition.frames[0][0]
     affine = np.eye(4)
     affine[:3, 0] = first.orientation[0] * first.pixel[1]
     affine[:3, 1] = first.orientation[1] * first.pixel[0]
-    affine[:3, 2] = step
-    affine[:3, 3] = groups[0][0].position
-    ordered = [group[t] for t in range(repeats.pop()) for group in groups]
-    pixels = dicom_pixels.decode([(s.dataset, s.frame, s.functional) for s in ordered], modality)
-    frames = pixels.array.reshape(-1, len(groups), *first.shape)
-    padding = None if pixels.padding is None else pixels.padding.reshape(frames.shape)
+    affine[:3, 2] = acquisition.step
+    affine[:3, 3] = first.position
+    notes = dict(pixels.notes)
+    if acquisition.left_out:
+        notes["frames_refused"] = str(acquisition.left_out)
+    if modality == "MR":
+        b_value = acquisition.b_value if diffusion else None
+        if b_value is not None:
+            notes["b_value"] = f"{b_value:.0f}"
+        notes["sequence"] = sequence(first, b_value, len(acquisition.frames))
+    if "EchoTime" not in first.dataset and (echo := number(first.get("EffectiveEchoTime", "MREchoSequence"))):
+        notes["EchoTime"] = f"{echo:.6g}"
+    shape = (len(acquisition.frames), len(acquisition.frames[0]), *first.shape)
+    frames = [frame for time in acquisition.frames for frame in time]
     return Raw(
-        frames=frames,
+        frames=pixels.array.reshape(shape),
         affine=affine,
         slope=pixels.slope,
         intercept=pixels.intercept,
         modality=modality,
         units=pixels.units,
-        padding=padding,
-        provenance=technical_fields(first.dataset, pixels.notes),
+        padding=None if pixels.padding is None else pixels.padding.reshape(shape),
+        provenance=technical_fields(first.dataset, notes),
+        instances=_instances(frame.dataset for frame in frames),
     )
 
 
-def _by_position(slices: list[_Slice], normal: np.ndarray) -> list[list[_Slice]]:
-    """Slices grouped by position along the normal, ascending; within a position by time, echo, number."""
-    along = np.array([s.position @ normal for s in slices])
-    groups: list[list[_Slice]] = []
-    last = -np.inf
-    for n in np.argsort(along, kind="stable"):
-        if along[n] - last > 1e-2:
-            groups.append([])
-            last = along[n]
-        groups[-1].append(slices[n])
-    return [sorted(group, key=lambda s: s.order) for group in groups]
-
-
-def _step(slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
-    """LPS mm from one slice to the next; refuses gaps, uneven distances and slices shifted sideways."""
-    if len(slices) == 1:
-        return normal * (slices[0].thickness or max(slices[0].pixel))
-    positions = np.array([s.position for s in slices])
-    along = (positions - positions[0]) @ normal
-    sideways = positions - positions[0] - np.outer(along, normal)
-    drift = np.abs(sideways @ slices[0].orientation.T) / np.array(slices[0].pixel[::-1])
-    if drift.max() > DRIFT:
-        angle = np.degrees(np.arctan2(np.linalg.norm(sideways[-1]), abs(along[-1])))
-        raise Quarantined(
-            "gantry_tilt", f"slices shift by up to {drift.max():.1f} pixels ({angle:.1f} degrees)"
+def _radiographs(datasets: list[Dataset], voi_lut: bool) -> tuple[list[Raw], list[Quarantined]]:
+    """Each radiograph is an image of its own: depth 1, no place in the patient."""
+    raws: list[Raw] = []
+    refused: list[Quarantined] = []
+    for ds in sorted(datasets, key=lambda ds: number(ds.get("InstanceNumber")) or 0.0):
+        if int(ds.get("NumberOfFrames", 1) or 1) > 1:
+            refused.append(Quarantined("unsupported_layout", "a radiograph of several frames"))
+            continue
+        spacing, how = radiograph_spacing(ds)
+        nowhere = np.zeros((2, 3)), np.zeros(3), (1.0, 1.0), None
+        frame = Frame(ds, (int(ds.Rows), int(ds.Columns)), *nowhere)
+        (pixels,) = dicom_pixels.decode_all([[frame]], "XR", voi_lut)
+        if isinstance(pixels, Quarantined):
+            refused.append(pixels)
+            continue
+        affine = np.eye(4)
+        if spacing is not None:
+            affine = np.diag([spacing[1], spacing[0], spacing[1], 1.0])
+            pixels.notes["pixel_spacing"] = how
+        raws.append(
+            Raw(
+                frames=pixels.array[np.newaxis],
+                affine=affine,
+                slope=pixels.slope,
+                intercept=pixels.intercept,
+                spacing_known=spacing is not None,
+                has_position=False,
+                modality="XR",
+                units="arbitrary",
+                padding=None if pixels.padding is None else pixels.padding[np.newaxis],
+                provenance=technical_fields(ds, pixels.notes),
+                instances=_instances([ds]),
+            )
         )
-    gaps = np.diff(along)
-    median = float(np.median(gaps))
-    if len(gaps) == 1 and slices[0].thickness and median > 3 * slices[0].thickness:
-        raise Quarantined(
-            "missing_slices", f"2 slices {median:.2f} mm apart, {slices[0].thickness:.2f} mm thick"
-        )
-    if (off := np.abs(gaps - median) > max(EVEN * median, 1e-2)).any():
-        ratios = gaps[off] / median
-        whole = (ratios > 1.5).all() and np.abs(ratios - np.round(ratios)).max() < 0.1
-        detail = (
-            f"{int(off.sum())} of {len(gaps)} distances are not {median:.2f} mm, up to {gaps.max():.2f} mm"
-        )
-        raise Quarantined("missing_slices" if whole else "uneven_spacing", detail)
-    step = float(along[-1] / (len(slices) - 1))
-    if (worst := np.abs(along - step * np.arange(len(slices))).max()) > OFF_GRID * step:
-        raise Quarantined("uneven_spacing", f"a slice lies {worst:.2f} mm off an even grid of {step:.2f} mm")
-    return normal * step
+    return raws, refused
 
 
-def _projection(datasets: list[Dataset]) -> Raw:
-    """A radiograph: depth 1, spacing at the detector or calibrated, no place in the patient."""
-    if len(datasets) > 1:
-        raise Quarantined(
-            "several_series", f"{len(datasets)} radiographs in one series; read the files one by one"
-        )
-    ds = datasets[0]
-    if int(ds.get("NumberOfFrames", 1) or 1) > 1:
-        raise Quarantined("unsupported_layout", "a radiograph of several frames")
-    pixels = dicom_pixels.decode([(ds, None, ())], "XR")
-    spacing = ds.get("PixelSpacing")
-    if spacing is None and ds.get("ImagerPixelSpacing") is not None:
-        magnification = float(ds.get("EstimatedRadiographicMagnificationFactor") or 1.0)
-        spacing = [float(v) / magnification for v in ds.ImagerPixelSpacing]
-    affine = np.eye(4)
-    if spacing is not None:
-        y, x = (float(v) for v in spacing)
-        affine = np.diag([x, y, x, 1.0])
-    return Raw(
-        frames=pixels.array[np.newaxis],
-        affine=affine,
-        slope=pixels.slope,
-        intercept=pixels.intercept,
-        spacing_known=spacing is not None,
-        has_position=False,
-        modality="XR",
-        units="arbitrary",
-        padding=None if pixels.padding is None else pixels.padding[np.newaxis],
-        provenance=technical_fields(ds, pixels.notes),
-    )
+def radiograph_spacing(ds: Dataset) -> tuple[tuple[float, float] | None, str]:
+    """(y, x) mm in the patient, and how it is known: ``calibrated``, ``magnification`` (detector spacing
+    divided by it) or ``detector``. DICOM PS3.3 10.7.1.3: PixelSpacing that repeats ImagerPixelSpacing with no
+    type of calibration is that of the detector."""
+    stated, detector = _pair(ds.get("PixelSpacing")), _pair(ds.get("ImagerPixelSpacing"))
+    detector = detector or _pair(ds.get("NominalScannedPixelSpacing"))
+    calibrated = bool(ds.get("PixelSpacingCalibrationType")) or detector is None
+    if stated is not None and (calibrated or not np.allclose(stated, detector or stated, rtol=1e-4)):
+        return stated, "calibrated"
+    if detector is None:
+        return None, ""
+    magnification = number(ds.get("EstimatedRadiographicMagnificationFactor"))
+    if magnification is None or not 1.0 <= magnification <= 10.0:
+        return detector, "detector"
+    return (detector[0] / magnification, detector[1] / magnification), "magnification"
 
 
-def _number(value: Any) -> float:
-    try:
-        return float(listed(value)[0]) if isinstance(value, (list, tuple)) else float(value)
-    except (TypeError, ValueError, IndexError):
-        return 0.0
+def _pair(value: object) -> tuple[float, float] | None:
+    values = [number(v) for v in listed(value)]
+    if len(values) != 2 or None in values or min(v for v in values if v is not None) <= 0:
+        return None
+    return float(values[0] or 0), float(values[1] or 0)
+
+
+def _instances(datasets: Iterable[Dataset]) -> frozenset[str]:
+    return frozenset(str(ds.SOPInstanceUID) for ds in datasets if ds.get("SOPInstanceUID"))

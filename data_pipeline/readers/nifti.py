@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,24 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import Quarantined
-from data_pipeline.readers.raw import Raw, check_affine
+from data_pipeline.readers.raw import DEFLATE, Raw, check_size
 from data_pipeline.volume import corner_distance
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 
 
+VECTORS = {1004, 1005, 1006, 1007, 1010}  # intents: matrices, displacements, vectors, quaternions
+
+
 def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
-    """Unscaled voxels with slope and intercept.
+    """Unscaled voxels with slope and intercept (a slope of 0 or not finite means none).
 
     The sform is used if its code is above 0, else the qform; with neither the file is quarantined as
     ``no_geometry`` unless ``accept_no_form``: then the spacing alone is taken, on RAS axes as NIfTI's method
-    1 says. ``provenance["qform_differs"]`` is set where both exist and lie more than a voxel apart.
+    1 says. ``provenance["qform_differs"]`` is set where both exist and lie more than a voxel apart, and
+    ``units_unknown`` where the header names no unit of length (millimetres then). A fifth axis, or an intent
+    that says vectors, makes ``components`` of the frames.
     """
     import nibabel
 
@@ -30,16 +36,21 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
         header = image.header
         if not hasattr(header, "get_sform"):
             raise Quarantined("unsupported_format", "an Analyze header without NIfTI geometry")
+        dtype = header.get_data_dtype()
+        _check_size(path, header, dtype)
         data = np.asanyarray(image.dataobj.get_unscaled())
         slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-        sform, sform_code = header.get_sform(coded=True)
-        qform, qform_code = header.get_qform(coded=True)
         unit = header.get_xyzt_units()[0]
         zooms = header.get_zooms()
+        intent = int(header["intent_code"])
     except Quarantined:
         raise
+    except FileNotFoundError as error:  # the other file of a pair
+        raise Quarantined("missing", "the .img of the .hdr, or the .hdr of the .img") from error
     except (EOFError, zlib.error) as error:
         raise Quarantined("truncated", "the compressed data end early") from error
+    except MemoryError:
+        raise
     except Exception as error:  # nibabel raises what it meets in a damaged header
         code = "truncated" if "Expected" in str(error) and "bytes" in str(error) else "unreadable"
         raise Quarantined(code, type(error).__name__) from error
@@ -50,32 +61,64 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
     if not np.isfinite([slope, intercept]).all() or slope == 0.0:
         slope, intercept = 1.0, 0.0
 
+    components = data.ndim >= 5 and data.shape[4] > 1
     frames = _frames_zyx(data)
-    shape = frames.shape[1:]
-    provenance = {}
-    if sform_code:
-        affine = check_affine(sform)
-        if qform_code and corner_distance(sform, qform, shape) > 1.0:
-            provenance["qform_differs"] = "true"
-    elif qform_code:
-        affine = qform
-    elif accept_no_form:
-        affine = np.diag([*(float(z) for z in zooms[:3]), 1.0])
-        provenance["no_form"] = "true"
-    else:
-        raise Quarantined(
-            "no_geometry", "sform_code and qform_code are 0; accept_no_form takes the spacing alone"
-        )
+    affine, provenance = _affine(header, frames.shape[1:], zooms, accept_no_form)
     affine = RAS_TO_LPS @ np.asarray(affine, dtype=np.float64)
     affine[:3] *= MILLIMETRES[unit]
-    return Raw(frames=frames, affine=affine, slope=slope, intercept=intercept, provenance=provenance)
+    if unit == "unknown":
+        provenance["units_unknown"] = "true"
+    return Raw(
+        frames=frames,
+        affine=affine,
+        slope=slope,
+        intercept=intercept,
+        provenance=provenance,
+        components=len(frames) > 1 and (components or intent in VECTORS),
+    )
+
+
+def _affine(
+    header: Any, shape: tuple[int, ...], zooms: tuple[float, ...], accept_no_form: bool
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Voxel index to RAS, in the header's unit, and what there is to note of it."""
+    sform, sform_code = header.get_sform(coded=True)
+    try:
+        qform, qform_code = header.get_qform(coded=True)
+    except Exception as error:  # a quaternion longer than 1, a qfac that is no sign
+        if not sform_code and int(header["qform_code"]):
+            raise Quarantined("bad_geometry", "the qform is no rotation") from error
+        qform, qform_code = None, 0
+        if sform_code:
+            return sform, {"qform_differs": "true"}
+    if sform_code:
+        grid = (shape[0], shape[1], shape[2])
+        solid = np.isfinite(sform).all() and abs(np.linalg.det(sform[:3, :3])) > 0
+        differs = qform_code and solid and not corner_distance(sform, qform, grid) <= 1.0
+        return sform, {"qform_differs": "true"} if differs else {}
+    if qform_code:
+        return qform, {}
+    if accept_no_form:
+        return np.diag([*(float(z) for z in zooms[:3]), *[1.0] * (4 - len(zooms[:3]))]), {"no_form": "true"}
+    raise Quarantined(
+        "no_geometry", "sform_code and qform_code are 0; accept_no_form takes the spacing alone"
+    )
+
+
+def _check_size(path: Path, header: Any, dtype: np.dtype) -> None:
+    shape = header.get_data_shape()
+    voxels = math.prod(int(n) for n in shape)
+    compressed = path.name.lower().endswith(".gz")
+    pair = path.name.lower().endswith((".hdr", ".img"))
+    if not pair:
+        check_size(voxels, voxels * dtype.itemsize, path.stat().st_size, DEFLATE if compressed else 1)
 
 
 def _frames_zyx(data: np.ndarray) -> np.ndarray:
     """(x, y[, z[, t[, 1...]]]) to (t, z, y, x) in native byte order, without a copy where none is needed."""
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
-    if data.ndim == 5 and data.shape[3] == 1:  # NIfTI's vector axis
+    if data.ndim == 5 and data.shape[3] == 1:  # components lie on the fifth axis
         data = data[:, :, :, 0]
     if data.ndim not in (2, 3, 4):
         raise Quarantined("unsupported_layout", f"{data.ndim} axes")

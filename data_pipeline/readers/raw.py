@@ -9,6 +9,10 @@ import numpy as np
 
 from data_pipeline.errors import Quarantined
 
+MAX_VOXELS = 1 << 33  # of one file, all frames
+RIGHT_ANGLE = 2e-3  # largest cosine between axes that count as at right angles
+DEFLATE = 1032  # times that zlib can shrink anything, at most
+
 
 @dataclass(frozen=True)
 class Raw:
@@ -17,9 +21,10 @@ class Raw:
     ``frames`` (t, z, y, x) in the dtype of the file, native byte order; real value = ``frames*slope +
     intercept``. ``affine``: x, y, z index to LPS mm. ``spacing_known`` is False where the format states no
     spacing (the affine then has unit spacing), ``has_position`` False where it states no place in the
-    patient (a picture). ``modality`` and ``units`` only where the header states them. ``padding`` marks
-    voxels that the header calls padding, (t, z, y, x) or None. ``instances`` are the SOPInstanceUIDs the
-    frames came from (they identify: memory only).
+    patient (a picture). ``modality`` and ``units`` only where the header states them. ``components`` says
+    that the frames are those of a vector, no series in time. ``padding`` marks voxels that the header calls
+    padding, (t, z, y, x) or None. ``instances`` are the SOPInstanceUIDs the frames came from (they identify:
+    memory only).
     """
 
     frames: np.ndarray
@@ -33,10 +38,12 @@ class Raw:
     padding: np.ndarray | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
     instances: frozenset[str] = frozenset()
+    components: bool = False
 
 
-def check_affine(affine: np.ndarray) -> np.ndarray:
-    """The affine, if it can be that of a scan; else `Quarantined` ``bad_geometry`` or ``sheared``."""
+def check_affine(affine: np.ndarray, *, sheared: bool = False) -> np.ndarray:
+    """The affine, if it can be that of a scan; else `Quarantined` ``bad_geometry``, or ``sheared`` unless
+    that is accepted."""
     columns = affine[:3, :3]
     lengths = np.linalg.norm(columns, axis=0)
     if not np.isfinite(affine).all() or lengths.min() < 1e-4 or lengths.max() > 1e4:
@@ -45,8 +52,20 @@ def check_affine(affine: np.ndarray) -> np.ndarray:
     cosines = np.abs(unit.T @ unit - np.eye(3)).max()
     if cosines > 0.9:
         raise Quarantined("bad_geometry", "two axes are parallel")
-    if cosines > 2e-3:
+    if cosines > RIGHT_ANGLE and not sheared:
         raise Quarantined(
             "sheared", f"axes are {np.degrees(np.arcsin(cosines)):.2f} degrees off the right angle"
         )
     return affine
+
+
+def check_size(voxels: int, size: int, stored: int, shrink: int = DEFLATE) -> None:
+    """Refuse, before any memory is taken, a header that states more than its file can hold.
+
+    ``size`` is the stated number of bytes, ``stored`` the length of the file and ``shrink`` the most that its
+    compression can achieve. Raises `Quarantined` ``truncated`` or ``unsupported_layout``.
+    """
+    if voxels > MAX_VOXELS:
+        raise Quarantined("unsupported_layout", f"{voxels} voxels, at most {MAX_VOXELS}")
+    if size > stored * shrink:
+        raise Quarantined("truncated", f"{stored} bytes cannot hold the {size} that the header states")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import nibabel
@@ -18,7 +19,8 @@ from pydantic import ValidationError
 
 from data_pipeline.errors import Quarantined, UserError
 from data_pipeline.labels import read_label
-from data_pipeline.layout_formats import detect, parse_labels
+from data_pipeline.layout_described import parse_labels
+from data_pipeline.layout_folder import detect
 from data_pipeline.layouts import discover, read_case, stem
 from data_pipeline.sources import SourceConfig, matches, substitute
 
@@ -156,7 +158,7 @@ def test_tables(tmp_path: Path) -> None:
     case = discover(SourceConfig(path=tmp_path / "t.parquet", modality="MR"))[0]
     assert (case.channel_names, case.subject, case.modality) == (("t1", "t2"), "7", ("MR", "MR"))
     (tmp_path / "bad.csv").write_text("imgae,label\na.nii.gz,\n")
-    with pytest.raises(UserError, match="did you mean 'imgae'"):
+    with pytest.raises(UserError, match="'imgae': did you mean 'image'"):
         discover(SourceConfig(path=tmp_path / "bad.csv"))
     (tmp_path / "near.csv").write_text("image,subjct,modality\na.nii.gz,p,MR\n")
     with pytest.raises(UserError, match="did you mean 'subject'"):
@@ -307,24 +309,21 @@ def test_masks_beside_images_are_not_images(tmp_path: Path) -> None:
     assert [c.images[0].name for c in discover(src)] == ["a.nii.gz"]
 
 
-def test_mixed_folders_must_say_their_layout(tmp_path: Path) -> None:
+def test_a_mixed_folder_gives_its_dicom_series_and_its_other_images(tmp_path: Path) -> None:
     nifti(tmp_path / "a.nii.gz")
     (tmp_path / "b.dcm").write_bytes(b"\0" * 128 + b"DICM")
-    with pytest.raises(UserError, match="state the layout"):
+    (tmp_path / "c").write_bytes(b"\0" * 128 + b"DICM")
+    for name in ("notes.txt", "more.txt", "x.smithjohn", "._a.nii.gz"):
+        (tmp_path / name).write_text("Smith, John")
+    notes: Counter[str] = Counter()
+    cases = discover(SourceConfig(path=tmp_path, modality="MR"), notes=notes)
+    assert [c.images[0].name for c in cases] == ["a.nii.gz", "b.dcm", "c"]
+    assert [c.refused.code if c.refused else None for c in cases] == [None, "unreadable", "unreadable"]
+    assert notes == {"files that are no image: .txt": 2, "files that are no image: other": 1}
+    with pytest.raises(UserError, match="state modality"):
         discover(SourceConfig(path=tmp_path))
-    assert len(discover(SourceConfig(path=tmp_path, layout="folder", modality="MR"))) == 1
     refused = discover(SourceConfig(path=tmp_path, layout="dicom"))
-    assert [c.refused.code for c in refused if c.refused] == ["unreadable"]
-
-
-def test_annotated_names_must_be_labels(tmp_path: Path) -> None:
-    nifti(tmp_path / "a.nii.gz")
-    mask(tmp_path / "m/a.nii.gz")
-    fields = {"path": tmp_path, "modality": "MR", "include": ("*.nii.gz",), "label_glob": "m/*.nii.gz"}
-    src = SourceConfig(**fields, labels={1: "liver", 2: "spleen"}, annotated=("liver",))
-    assert discover(src)[0].label == tmp_path / "m/a.nii.gz"
-    with pytest.raises(UserError, match="not among its labels"):
-        discover(SourceConfig(**fields, labels={1: "liver"}, annotated=("liver", "heart")))
+    assert [c.refused.code for c in refused if c.refused] == ["unreadable", "unreadable"]
 
 
 def test_parse_labels() -> None:
@@ -363,7 +362,7 @@ def test_globs(glob: str, path: str, expected: bool) -> None:
 
 
 def test_source_config_refuses_what_cannot_hold(tmp_path: Path) -> None:
-    assert SourceConfig(path=tmp_path / "my data.v2").name == "my_data"
+    assert SourceConfig(path=tmp_path / "my data.v2").name == "source"  # a folder's name may identify
     for wrong in (
         {"spacing": (0, 1, 1)},
         {"subject_pattern": "no group"},

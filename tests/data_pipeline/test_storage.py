@@ -50,7 +50,7 @@ class OneSample:
 def write_sample(root: Path, frames: dict[str, bytes]) -> OneSample:
     members = {**frames, "json": b"{}"}
     members["idx"] = write_index(KEY, frames, {"json": b"{}"})
-    places, data = {}, b"\0" * 512
+    places, data = {"hide": (-1, -1)}, b"\0" * 512
     for name, part in members.items():
         places[name] = (len(data), len(part))
         data += part + b"\0" * (-len(part) % 512)

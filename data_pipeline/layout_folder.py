@@ -1,0 +1,94 @@
+"""A plain folder of images, several kinds beside each other, and which layout a folder has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from data_pipeline.errors import UserError, shown
+from data_pipeline.layout_described import read_json
+from data_pipeline.layouts import Case, Discovery, label_for, stem
+from data_pipeline.locations import Location, files_below, head, relative
+from data_pipeline.readers import DICOM, PAIRED, is_image
+from data_pipeline.sources import SourceConfig
+
+TABLES = (".csv", ".tsv", ".parquet")
+MAGIC_AT = 132
+#: Kinds of files beside images, by which they are counted; any other suffix may identify.
+BESIDE = {
+    ".json", ".csv", ".tsv", ".txt", ".md", ".xml", ".html", ".pdf", ".doc", ".docx", ".xls", ".xlsx",
+    ".yaml", ".yml", ".bval", ".bvec", ".mat", ".zip", ".gz", ".tar", ".tgz", ".7z", ".rar", ".py",
+    ".ipynb", ".log", ".db", ".npy", ".h5", ".hdf5", ".pkl", ".pt", ".pth", ".parquet", ".exe", ".ini",
+    ".raw", ".zraw", ".img", ".bmp", ".gif", ".svg", ".webp", ".mgz", ".mgh", ".minc", ".mnc", ".vtk",
+    ".vti", ".stl", ".obj", ".ply", ".gii", ".sh",
+}  # fmt: skip
+
+
+def detect(src: SourceConfig) -> str:
+    """The layout of ``src.path``."""
+    if src.path.is_file():
+        if src.path.suffix.lower() in TABLES:
+            return "table"
+        return "dicom" if claims_dicom(src.path) else "folder"
+    if (src.path / "dataset_description.json").is_file():
+        return "bids"
+    if (src.path / "dataset.json").is_file():
+        described = read_json(src.path / "dataset.json")
+        images = src.path / "imagesTr"
+        numbered = images.is_dir() and any(re.search(r"_0000\.", p.name) for p in images.iterdir())
+        if "channel_names" in described or numbered or isinstance(described.get("dataset"), dict):
+            return "nnunet"
+        if "training" in described:
+            return "msd"
+    files = image_files(src)
+    if any(is_image(path) and not path.name.lower().endswith(DICOM) for path in files):
+        return "folder"
+    return "dicom" if any(claims_dicom(path) for path in files) else "folder"
+
+
+def folder(find: Discovery) -> list[Case]:
+    """Every image file below the folder that include and exclude leave, and every DICOM series among them;
+    labels by ``label_glob``. Other files are counted by their suffix."""
+    src = find.src
+    files = image_files(src, lambda: find.count("folders that cannot be listed"))
+    labels = {label_for(src, relative(path, src.path)) for path in files if is_image(path)}
+    cases: list[Case] = []
+    dicom = False
+    for path in files:
+        if path in labels:
+            continue
+        if claims_dicom(path):
+            dicom = True
+            continue
+        if not is_image(path):
+            if not path.name.lower().endswith(PAIRED):
+                suffix = path.suffix.lower()
+                find.count(f"files that are no image: {suffix if suffix in BESIDE else 'other'}")
+            continue
+        rel = relative(path, src.path)
+        modality = src.modality_of(rel)
+        if modality is None:
+            hint = "state modality: CT, MR, XR or PT, or modality: {glob: CT, ...} where they differ"
+            raise UserError(
+                f"{shown(path)}: source {src.name!r} does not say what kind of image this is; {hint}"
+            )
+        cases.append(Case(src.name, (path,), label_for(src, rel), "", None, (modality,), name=stem(path)))
+    if dicom:
+        from data_pipeline.layout_dicom import dicom_tree
+
+        cases += dicom_tree(find)
+    return cases
+
+
+def image_files(src: SourceConfig, unreadable: Callable[[], None] = lambda: None) -> list[Location]:
+    """Every file of a source that its include and exclude leave, sorted."""
+    return [p for p in files_below(src.path, unreadable) if src.selects(relative(p, src.path))]
+
+
+def claims_dicom(path: Location) -> bool:
+    """Whether a file says that it is DICOM, by its suffix or the ``DICM`` after its preamble."""
+    if path.name.lower().endswith(DICOM):
+        return True
+    if is_image(path) or path.suffix.lower() in BESIDE:
+        return False
+    return head(path, MAGIC_AT)[MAGIC_AT - 4 :] == b"DICM"
