@@ -38,7 +38,8 @@ LEVEL_MIN_VOXELS = 2 * 64**3
 STATED = ("name", "licence", "attribution", "label_origin", "burned_in", "deface")  # into dataset.json
 #: What is stated of a source and used while a case is read; the rest is in the case itself.
 READ_BY = (
-    "spacing", "field_mm", "accept_no_form", "accept_secondary", "more_frames", "shear", "voi_lut", "burned_in",
+    "spacing", "field_mm", "accept_no_form", "accept_secondary", "more_frames", "shear", "voi_lut",
+    "burned_in",
     "deface", "label_threshold", "label_geometry", "label_origin", "label_names", "exclude_rois", "geometry",
 )  # fmt: skip
 HEADERLESS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -303,8 +304,8 @@ def _earlier(
     for name, value in options.items():
         if name not in ("on_leak", "shard_samples") and earlier.info["built_with"].get(name) != value:
             raise UserError(
-                f"{place} was built with {name} {earlier.info['built_with'].get(name)}, asked for is {value}; "
-                "give another --out, or the same value"
+                f"{place} was built with {name} {earlier.info['built_with'].get(name)}, asked for is {value}"
+                "; give another --out, or the same value"
             )
     return earlier
 
@@ -313,8 +314,8 @@ def _check_missing(earlier: Earlier, wanted: Collection[str], drop: bool) -> Non
     gone = earlier.missing(wanted)
     if gone and not drop:
         raise UserError(
-            f"{len(gone)} inputs of {earlier.place} are no longer found, first {gone[0]['paths'][0]}; bring them back, "
-            "or remove their samples with --drop-missing"
+            f"{len(gone)} inputs of {earlier.place} are no longer found, first {gone[0]['paths'][0]}; bring "
+            "them back, or remove their samples with --drop-missing"
         )
 
 

@@ -30,6 +30,7 @@ from data_pipeline.workers import Pool
 SHARD_BYTES = 1 << 30
 POOL_BYTES = 1 << 26  # below this, handing the shards out takes longer than writing them
 
+
 @dataclass
 class BuildReport:
     """What a build did. `text()` is for people; the counts are in `dataset.json` too."""
@@ -52,7 +53,8 @@ class BuildReport:
             refused = sum(self.quarantined.values())
             return (
                 f"part {self.part[0]} of {self.part[1]}: {self.read} cases read, {self.samples} samples, "
-                f"{refused} refused, {self.seconds:.1f} s; when every part is read: medfm shards merge --out {self.out}"
+                f"{refused} refused, {self.seconds:.1f} s; when every part is read: "
+                f"medfm shards merge --out {self.out}"
             )
         lines = [f"{self.samples} samples in {self.shards} shards, {self.seconds:.1f} s: {self.out}"]
         lines += [f"  {name}: {count}" for name, count in sorted(self.counts.items())]

@@ -61,8 +61,8 @@ class Earlier:
         found = cls(place, json.loads((scratch / FILES[0]).read_text()))
         if found.info.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{place} has dataset format {found.info.get('format_version')!r}, not {FORMAT_VERSION}; build "
-                "into another folder"
+                f"{place} has dataset format {found.info.get('format_version')!r}, not {FORMAT_VERSION}; "
+                "build into another folder"
             )
         raw = (scratch / "manifest.parquet").read_bytes()
         if hashlib.sha256(raw).hexdigest() != found.info["manifest_sha256"]:
@@ -74,8 +74,8 @@ class Earlier:
         found.left_out = [json.loads(line) for line in lines]
         if found.rows and not found.index:
             raise UserError(
-                f"{place}: is complete, but the private folder has no index.jsonl of it; give the --private folder "
-                "it was built with, or another --out"
+                f"{place}: is complete, but the private folder has no index.jsonl of it; give the "
+                "--private folder it was built with, or another --out"
             )
         return found
 
@@ -88,7 +88,7 @@ class Earlier:
         return {name: int(i) for i, name in self.info.get("labels", {}).items()}
 
     def known(self, wanted: Mapping[str, tuple[int, str]], retry: bool = False) -> dict[str, Known]:
-        """Cases of `wanted` (key: number, fingerprint) that need no reading; with `retry`, refused ones do."""
+        """Cases of `wanted` (key: number, fingerprint) that need no reading; with `retry` refused ones do."""
         found = {}
         for key, (number, fingerprint) in wanted.items():
             entry = self.index.get(key)

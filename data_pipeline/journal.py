@@ -1,6 +1,6 @@
-"""What became of each case, kept on disk while a dataset is built, so that a build goes on where it was cut off.
+"""What became of each case, kept on disk while a dataset is built: a build goes on where it was cut off.
 
-    WORK/build.json                        options, sources and label ids of the build, and which part of it this is
+    WORK/build.json                        options, sources and label ids of the build; which part this is
     WORK/cases/3f/3f0c….FINGERPRINT.json   the outcome of one case, written whole, after its frames
     WORK/frames/3f/3f0c….0.image           Blosc2 frames waiting for their shard
     WORK/kills.jsonl                       cases that ended a worker while it read nothing else

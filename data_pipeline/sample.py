@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.burned_in import text_mask
 from data_pipeline.content_hash import content_hash
-from data_pipeline.deface import face_mask
 from data_pipeline.errors import Quarantined, UserError
 from data_pipeline.geometry import geometry_of, level_factors
 from data_pipeline.intensity import statistics
@@ -28,8 +26,8 @@ from data_pipeline.sources import SourceConfig
 from data_pipeline.storage import INVALID, block_mean, chunk_shape, encode, level_shape, quantise
 from data_pipeline.volume import Volume
 
-#: What was done to an input that a person should hear of: entries of a volume's provenance or a label's notes,
-#: and things done here; with the sentence that the report counts.
+#: What was done to an input that a person should hear of: entries of a volume's provenance or a label's
+#: notes, and things done here; with the sentence that the report counts.
 SENTENCES = {
     "qform_differs": "sform taken where qform differs by more than a voxel",
     "no_form": "position unknown, spacing alone taken",
@@ -101,7 +99,9 @@ def prepare(job: Job, settings: Settings) -> list[str]:
     try:
         for n, volume in enumerate(_volumes(job, settings.seed)):
             _check_burned_in(volume, job.source)
-            volume, hidden = _without_identity(volume, job.source, notes)
+            hidden = None
+            if job.source.deface is not None or job.source.burned_in == "mask":
+                volume, hidden = _without_identity(volume, job.source, notes)
             label, faults = label_of(job.case, job.source, volume, n, settings.ids)
             refusals += [Refusal(fault.code, fault.detail, str(fault), "label") for fault in faults]
             notes.update(_noteworthy(volume, label))
@@ -151,7 +151,10 @@ def _check_burned_in(volume: Volume, source: SourceConfig) -> None:
 def _without_identity(
     volume: Volume, source: SourceConfig, notes: Counter[str]
 ) -> tuple[Volume, np.ndarray | None]:
-    """The volume with burned-in text or the face overwritten, and the voxels (z, y, x) to hide in training."""
+    """The volume with burned-in text or the face overwritten, and the voxels (z, y, x) to hide."""
+    from data_pipeline.burned_in import text_mask  # scipy takes long to import, and few sources need these
+    from data_pipeline.deface import face_mask
+
     if volume.channels[0].modality == "XR":
         if source.burned_in != "mask" or volume.provenance.get("BurnedInAnnotation") == "NO":
             return volume, None

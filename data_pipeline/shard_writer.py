@@ -120,7 +120,7 @@ def _cut(samples: list[Staged], shard_samples: int, shard_bytes: int) -> Iterato
 
 @dataclass(frozen=True)
 class Written:
-    """A finished shard: its `entry` of `dataset.json` (name, size, samples, xxh3-128) and the manifest's rows."""
+    """A finished shard: its `entry` of `dataset.json` (name, size, samples, xxh3-128) and its rows."""
 
     entry: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -123,8 +123,8 @@ def assign_subjects(
         source, subject = min(people[leaks[0]])
         raise UserError(
             f"{len(leaks)} subjects are stated in two splits, first {subject!r} of source {source!r} "
-            f"({', '.join(sorted(stated[leaks[0]]))}), by name or because an image is there twice; correct the "
-            "splits, or state on_leak: strictest (test before val before train)"
+            f"({', '.join(sorted(stated[leaks[0]]))}), by name or because an image is there twice; correct "
+            "the splits, or state on_leak: strictest (test before val before train)"
         )
     chosen = {root: strictest(splits) for root, splits in stated.items()}
     for root, splits in before.items():

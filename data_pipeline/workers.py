@@ -26,7 +26,7 @@ ONE_THREAD = {
 
 
 def fix_threads(count: str | None = None) -> None:
-    """Take away what would make bytes depend on the machine: Blosc2 writes BLOSC_NTHREADS into every frame."""
+    """Take away what makes bytes depend on the machine: Blosc2 writes BLOSC_NTHREADS into every frame."""
     os.environ.pop("BLOSC_NTHREADS", None)
     os.environ.update(dict.fromkeys(ONE_THREAD, count) if count is not None else {})
 
@@ -160,7 +160,7 @@ def pool(workers: int, scheduler: str | None = None) -> Iterator[Pool]:
                 client = Client(scheduler, timeout="20s", set_as_default=False)
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"--scheduler {scheduler}: no dask scheduler answers there; start one with `dask scheduler`"
+                    f"--scheduler {scheduler}: no dask scheduler answers; start one with `dask scheduler`"
                 ) from error
             with client:
                 _check_cluster(client, scheduler)

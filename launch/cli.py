@@ -67,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     _add_shards(
-        commands.add_parser("shards", help="build | merge | verify | inspect | order: raw scans to training shards")
+        commands.add_parser(
+            "shards", help="build | merge | verify | inspect | order: raw scans to training shards"
+        )
     )
 
     for name, what in (("pretrain", "masked autoencoding on shards"),
@@ -166,7 +168,9 @@ def _add_cluster(p: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", help="processes; default: one for each core; 0: without processes"
     )
     p.add_argument(
-        "--scheduler", metavar="tcp://HOST:PORT", help="a running dask.distributed cluster, in place of --workers"
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        help="a running dask.distributed cluster, in place of --workers",
     )
 
 
@@ -189,7 +193,9 @@ def _add_shards(p: argparse.ArgumentParser) -> None:
     )
     _add_cluster(b)
     b.add_argument(
-        "--part", metavar="I/N", help="read the I-th of N shares only, as one job of an array; then `shards merge`"
+        "--part",
+        metavar="I/N",
+        help="read the I-th of N shares only, as one job of an array; then `shards merge`",
     )
     b.add_argument(
         "--work", metavar="DIR", help="unfinished state, as large as the dataset; default PRIVATE/work"
@@ -214,7 +220,9 @@ def _add_shards(p: argparse.ArgumentParser) -> None:
     b.add_argument("--deface", choices=["mask", "remove"], help="hide or overwrite faces in head scans")
     b.add_argument("--label-origin", choices=["human", "model", "unknown"])
     m = actions.add_parser("merge", help="complete a dataset of which every part is read")
-    m.add_argument("parts", nargs="*", metavar="WORK", help="work folders; default: those in the private folder")
+    m.add_argument(
+        "parts", nargs="*", metavar="WORK", help="work folders; default: those in the private folder"
+    )
     m.add_argument("--out", required=True, metavar="DIR", help="folder or fsspec address")
     m.add_argument("--private", metavar="DIR", help="of the parts; default OUT-private")
     _add_cluster(m)

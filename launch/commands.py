@@ -19,9 +19,9 @@ Frame = Literal["index", "ras", "lps"]
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Run the parsed command; `extra` are recipe or source fields. Returns the exit code."""
     if args.command == "shards":
-        return {"build": build, "merge": merge, "verify": verify, "inspect": inspect, "order": order}[args.action](
-            args, extra
-        )
+        return {"build": build, "merge": merge, "verify": verify, "inspect": inspect, "order": order}[
+            args.action
+        ](args, extra)
     commands = {
         "pretrain": train,
         "finetune": train,

@@ -29,7 +29,8 @@ RECIPE = """
 shard_samples: 3
 level_min_voxels: 2000
 sources:
-  - {name: ct, path: ct, modality: CT, include: ["*_img.nii.gz"], label_glob: "*_lab.nii.gz", labels: {1: bone}}
+  - {name: ct, path: ct, modality: CT, include: ["*_img.nii.gz"], label_glob: "*_lab.nii.gz",
+     labels: {1: bone}}
   - {name: mr, path: mr, modality: MR, subject_pattern: "^(p[0-9]+)"}
 """
 
@@ -196,8 +197,8 @@ def test_a_worker_killed_once_costs_nothing(scans: Path, tmp_path: Path) -> None
     environ = environment(PYTHONPATH=f"{tmp_path / 'site'}:{REPO}", ONCE=str(tmp_path / "once"))
     private = share_key(tmp_path / "a-private", tmp_path / "p")
     done = subprocess.run(
-        command(scans, tmp_path / "o", private, "--workers", "2"), env=environ, capture_output=True, text=True,
-        timeout=240,
+        command(scans, tmp_path / "o", private, "--workers", "2"), env=environ, capture_output=True,
+        text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "once").exists()
@@ -291,14 +292,19 @@ class TestAdding:
         with pytest.raises(UserError, match=r"1 inputs .*p4\.nii\.gz.*--drop-missing"):
             whole(scans, tmp_path / "a")
         report = build(
-            sources(scans), tmp_path / "a", shard_samples=3, level_min_voxels=2000, drop_missing=True, progress=False
+            sources(scans),
+            tmp_path / "a",
+            shard_samples=3,
+            level_min_voxels=2000,
+            drop_missing=True,
+            progress=False,
         )
         assert (report.read, report.samples) == (0, 13)
         assert verify(tmp_path / "a") == []
 
     def test_another_key_or_other_options_are_refused(self, scans: Path, tmp_path: Path) -> None:
         whole(scans, tmp_path / "a")
-        with pytest.raises(UserError, match="another hash key|no index"):
+        with pytest.raises(UserError, match=r"another hash key|no index"):
             whole(scans, tmp_path / "a", tmp_path / "other")
         with pytest.raises(UserError, match="built with seed 0, asked for is 7"):
             build(sources(scans), tmp_path / "a", seed=7, level_min_voxels=2000, progress=False)
@@ -354,7 +360,16 @@ def test_any_dask_scheduler_will_do(scans: Path, tmp_path: Path) -> None:
             time.sleep(0.1)
         address = json.loads(file.read_text())["address"]
         worker = subprocess.Popen(
-            [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nworkers", "1", "--nthreads", "1"],
+            [
+                sys.executable,
+                "-m",
+                "distributed.cli.dask_worker",
+                address,
+                "--nworkers",
+                "1",
+                "--nthreads",
+                "1",
+            ],
             **quiet,
         )
         done = subprocess.run(
