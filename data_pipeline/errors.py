@@ -66,6 +66,10 @@ REASONS = MappingProxyType(
         "label_geometry": "the label has the size of the image and another position",
         "label_outside": "the label lies outside the image",
         "label_values": "the label holds values that no name was declared for",
+        "label_no_image": "an RTSTRUCT or SEG whose images are not in the input",
+        "label_empty": "an RTSTRUCT or SEG without any structure to use",
+        "label_frame": "a label in another frame of reference than its images",
+        "label_contours": "contours that do not lie in the slices of the image",
         "label_grey": "the label is grey or a probability map and no threshold was declared",
     }
 )

@@ -5,21 +5,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from data_pipeline.errors import Quarantined, UserError
+from data_pipeline.errors import Quarantined, UserError, shown
 from data_pipeline.locations import Location
 from data_pipeline.readers import decode
 from data_pipeline.readers.raw import Raw, check_affine
 from data_pipeline.volume import Channel, Volume, corner_distance
 
+if TYPE_CHECKING:
+    from data_pipeline.layouts import Case
+    from data_pipeline.sources import SourceConfig
+
 IGNORE = 255
 SAME_GRID = 0.1  # voxels
 MAX_LOST = 0.05
-Placement = Literal["grid", "image", "resampled"]
+Placement = Literal["grid", "image", "contours", "resampled"]
+Origin = Literal["human", "model", "unknown"]
+
+
+@dataclass(frozen=True)
+class DicomLabel:
+    """One RTSTRUCT or SEG file that refers to the images of a case.
+
+    ``regions`` maps each name in the dataset to the ROI or segment numbers that mean it. ``annotator`` counts
+    the files of one case: what two people drew is never merged.
+    """
+
+    kind: Literal["rtstruct", "seg"]
+    path: Location
+    regions: Mapping[str, tuple[int, ...]]
+    annotator: int
 
 
 @dataclass(frozen=True)
@@ -28,9 +47,11 @@ class Label:
     ids.
 
     ``classes`` are the ids present. ``placed``: on the same ``grid``, by the ``image``'s geometry as
-    declared, or ``resampled`` (nearest neighbour). ``lost`` is the share of each class's voxels whose
-    centres lie outside the image, ``volume_change`` the relative change of its volume in mm³; both empty
-    where nothing was resampled.
+    declared, from ``contours``, or ``resampled`` (nearest neighbour). ``lost`` is the share of each class's
+    voxels whose centres lie outside the image, ``volume_change`` the relative change of its volume in mm³;
+    both empty where nothing was lost or resampled. ``annotated`` are the names that were looked for,
+    ``notes`` counts of what was left out (names and forms as in `data_pipeline.privacy`), ``origin`` who made
+    it: the recipe's word, else ``model`` where the file says that an algorithm did.
     """
 
     layers: np.ndarray
@@ -38,6 +59,9 @@ class Label:
     placed: Placement
     lost: Mapping[int, float]
     volume_change: Mapping[int, float]
+    annotated: tuple[str, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin = "unknown"
 
 
 @dataclass(frozen=True)
@@ -47,6 +71,35 @@ class Foreground:
     label: int
     layer: int
     voxels: np.ndarray
+
+
+def label_of(
+    case: Case, source: SourceConfig, volume: Volume, number: int, ids: Mapping[str, int]
+) -> tuple[Label | None, list[Quarantined]]:
+    """The label of the ``number``-th volume read from a case, and the refusals of labels that do not fit it.
+
+    A label file belongs to volume 0. ``ids`` maps the dataset's label names to ids 1 to 254.
+    """
+    if number > 0 or case.label is None:
+        return None, []
+    if case.label_regions is None:
+        raise UserError(
+            f"{shown(case.label)}: source {source.name!r} has labels but no names; state labels: {{1: name}}"
+        )
+    try:
+        label = read_label(
+            case.label,
+            volume,
+            regions=case.label_regions,
+            ids=ids,
+            ignore=case.ignore,
+            threshold=source.label_threshold,
+            geometry=source.label_geometry,
+            accept_no_form=source.accept_no_form,
+        )
+    except Quarantined as error:
+        return None, [error]
+    return replace(label, annotated=case.annotated, origin=source.label_origin), []
 
 
 def layers_of(regions: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 from data_pipeline.errors import Quarantined, UserError, shown
+from data_pipeline.labels import DicomLabel
 from data_pipeline.locations import Location, fetched, is_remote, relative, store_errors
 from data_pipeline.privacy import KeyedHash
 from data_pipeline.readers import MEASURED_BY, SUFFIXES, companions, read_all, read_channels
@@ -31,8 +32,9 @@ class Case:
     maps a value of the label file to a name; ``label_regions`` maps a name to all its values (overlaps
     allowed); ``annotated`` are the names that were looked for; values in ``ignore`` are neither class nor
     background. ``series`` is the UID of a DICOM series and ``files`` its slices. ``sequence`` is the MR
-    sequence where a dataset file or the recipe says it. ``refused`` is set where discovery can tell already
-    that the input is no image; it is to be quarantined, not read.
+    sequence where a dataset file or the recipe says it. ``dicom_labels`` are the RTSTRUCT and SEG files that
+    refer to the series. ``refused`` is set where discovery can tell already that the input is no image; it
+    is to be quarantined, not read.
     """
 
     source: str
@@ -51,6 +53,7 @@ class Case:
     files: tuple[Location, ...] | None = None
     name: str = ""
     sequence: str = ""
+    dicom_labels: tuple[DicomLabel, ...] = ()
     refused: Quarantined | None = None
 
 
@@ -164,7 +167,8 @@ def local_case(case: Case) -> Iterator[Case]:
 
     A file that is not there stays an address, and is refused as missing when it is read.
     """
-    wanted = [*case.images, *(case.files or ()), *([case.label] if case.label is not None else [])]
+    labels = [label.path for label in case.dicom_labels] + ([case.label] if case.label is not None else [])
+    wanted = [*case.images, *(case.files or ()), *labels]
     if not any(is_remote(path) for path in wanted):
         yield case
         return
@@ -179,6 +183,7 @@ def local_case(case: Case) -> Iterator[Case]:
             images=tuple(local.get(path, path) for path in case.images),
             files=tuple(local.get(path, path) for path in case.files) if case.files else case.files,
             label=None if case.label is None else local.get(case.label, case.label),
+            dicom_labels=tuple(replace(d, path=local.get(d.path, d.path)) for d in case.dicom_labels),
         )
 
 

@@ -87,6 +87,13 @@ NOTES = {
     "pixel_spacing": "calibrated|magnification|detector",
     "modality_lut": "applied",
     "voi_lut": "applied|none",
+    "contours_skipped": r"\d{1,6}",
+    "contours_repeated": r"\d{1,6}",
+    "contours_between_slices": r"\d{1,6}",
+    "slices_without_contour": r"\d{1,6}",
+    "structures_without_contour": r"\d{1,4}",
+    "label_files": r"\d{1,4}",
+    "label_files_refused": r"\d{1,4}",
     "Manufacturer": "|".join((*VENDORS, "other")),
     "PatientAge": r"[1-8]?\d|89\+",
 }

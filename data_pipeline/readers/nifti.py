@@ -85,12 +85,8 @@ def _affine(
     sform, sform_code = header.get_sform(coded=True)
     try:
         qform, qform_code = header.get_qform(coded=True)
-    except Exception as error:  # a quaternion longer than 1, a qfac that is no sign
-        if not sform_code and int(header["qform_code"]):
-            raise Quarantined("bad_geometry", "the qform is no rotation") from error
-        qform, qform_code = None, 0
-        if sform_code:
-            return sform, {"qform_differs": "true"}
+    except ValueError:  # a quaternion longer than 1: nibabel loads the file only where there is a sform
+        return sform, {"qform_differs": "true"}
     if sform_code:
         grid = (shape[0], shape[1], shape[2])
         solid = np.isfinite(sform).all() and abs(np.linalg.det(sform[:3, :3])) > 0
