@@ -21,11 +21,10 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[rate]}"),
         )  # fmt: skip
-        self._live = shown and sys.stderr.isatty()
+        self._live = shown and sys.stdout.isatty()
         self._lines = shown and not self._live
-        from rich.console import Console
 
-        self._bars = Bars(*columns, console=Console(stderr=True), disable=not self._live, transient=False)
+        self._bars = Bars(*columns, disable=not self._live, transient=False)
         self._task: Any = None
 
     def __enter__(self) -> Progress:
@@ -42,9 +41,9 @@ class Progress:
         self._began = self._told = time.monotonic()
         self._task = self._bars.add_task(title, total=total, completed=done, rate="")
         if self._lines and total is None:
-            print(f"{title} ...", file=sys.stderr, flush=True)
+            print(f"{title} ...", flush=True)
         elif self._lines and done:
-            print(f"{title}: {done} of {total} were done before", file=sys.stderr, flush=True)
+            print(f"{title}: {done} of {total} were done before", flush=True)
 
     def read(self, size: int, codes: Sequence[str]) -> None:
         """One scan of `size` bytes was read; `codes` of refusals."""
@@ -68,6 +67,4 @@ class Progress:
         now = time.monotonic()
         if self._lines and (now - self._told > EVERY_S or self._done == self._total):
             self._told = now
-            print(
-                f"{self._title}: {self._done} of {self._total} {rate}".rstrip(), file=sys.stderr, flush=True
-            )
+            print(f"{self._title}: {self._done} of {self._total} {rate}".rstrip(), flush=True)

@@ -37,6 +37,11 @@ class Piece:
     offset: int = 0
     check: int | None = None
 
+    @classmethod
+    def of(cls, path: Path) -> Piece:
+        """A whole local file."""
+        return cls(str(path.parent), path.name, path.stat().st_size)
+
     def read(self) -> bytes:
         """The bytes. Raises `UserError` where they are not what was written."""
         data = Place(self.folder).read(self.name, self.offset, self.size)
