@@ -27,8 +27,9 @@ from scipy.ndimage import gaussian_filter
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import FORMAT_VERSION, Manifest, write_manifest
 from data_pipeline.order import Order
+from data_pipeline.place import Place
 from data_pipeline.schedule import MixtureConfig
-from data_pipeline.shard_writer import ShardPlan, Staged, write_shard
+from data_pipeline.shard_writer import Piece, ShardPlan, Staged, write_shard
 from data_pipeline.storage import chunk_shape, encode
 from data_pipeline.stream import open_stream
 
@@ -63,7 +64,7 @@ def write(root: Path, volumes: int, side: int) -> list[Path]:
                 "norm": [[1.0, 0.0, -1024.0, 3071.0, -200.0, 500.0, 0.0]],
                 "foreground": [],
             }
-            staged.append(Staged(row, {"key": row["key"]}, {"image": path}, path.stat().st_size))
+            staged.append(Staged(row, {"key": row["key"]}, {"image": Piece.of(path)}))
             files.append(root / f"peer-{number}.b2nd")
             blosc2.asarray(
                 array,
@@ -73,9 +74,9 @@ def write(root: Path, volumes: int, side: int) -> list[Path]:
                 blocks=(1, 32, 32, 64),
                 cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=8, nthreads=1),
             )
-        entry, written = write_shard(ShardPlan(f"train-{first:06d}.tar", tuple(staged)), root)
-        entries.append(entry)
-        rows += written
+        shard = write_shard(ShardPlan(f"train-{first:06d}.tar", tuple(staged)), Place(root), root)
+        entries.append(shard.entry)
+        rows += shard.rows
     digest = write_manifest(rows, root / "manifest.parquet")
     info = {"format_version": FORMAT_VERSION, "labels": {}, "shards": entries, "manifest_sha256": digest}
     (root / "dataset.json").write_text(json.dumps(info))

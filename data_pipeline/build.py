@@ -1,197 +1,322 @@
-"""Raw scans to a shard dataset: read in parallel, join duplicates and subjects, split, write shards.
+"""Raw scans to a shard dataset: find the cases, read those that are new, complete the dataset.
 
-The result depends on the sources, the settings and the hash key alone, not on the number of workers. It is
-built in `OUT.partial` and renamed when complete; a build that died is started again from nothing by the same
-call.
+    sources ── discover ──> jobs ── prepare (workers) ──> journal ── complete ──> dataset
+
+A build that was cut off at any instant goes on when it is started again; the finished dataset is the same to
+the byte. Started again on a finished dataset it reads only what is new or changed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.duplicates import Merged, merge_duplicates
+from data_pipeline.build_progress import Progress
+from data_pipeline.complete import BuildReport, complete
+from data_pipeline.earlier import Earlier
 from data_pipeline.errors import UserError
+from data_pipeline.journal import Journal, Outcome, Refusal, fingerprint, write_whole
 from data_pipeline.layouts import Case, discover, relative
-from data_pipeline.manifest import FORMAT_VERSION, write_manifest
+from data_pipeline.manifest import FORMAT_VERSION
+from data_pipeline.place import Place
 from data_pipeline.privacy import KeyedHash
-from data_pipeline.report import write_report
-from data_pipeline.sample import Job, Outcome, Settings, prepare
-from data_pipeline.shard_writer import Staged, plan_shards, write_shard
+from data_pipeline.sample import Job, Settings, prepare
 from data_pipeline.sources import SourceConfig
-from data_pipeline.splits import FRACTIONS, Groups, assign, check_fractions, strictest
-from data_pipeline.workers import workers as processes
+from data_pipeline.splits import FRACTIONS, check_fractions
+from data_pipeline.workers import Lost, Pool, pool
 
 LEVEL_MIN_VOXELS = 2 * 64**3
-SHARD_BYTES = 1 << 30
-POOL_BYTES = 1 << 28  # below this, starting processes to write takes longer than writing
-STATED = ("name", "licence", "attribution", "label_origin", "burned_in")  # of a source, into dataset.json
+STATED = ("name", "licence", "attribution", "label_origin", "burned_in", "deface")  # into dataset.json
+#: What is stated of a source and used while a case is read; the rest is in the case itself.
+READ_BY = (
+    "spacing", "field_mm", "accept_no_form", "accept_secondary", "more_frames", "shear", "voi_lut",
+    "burned_in",
+    "deface", "label_threshold", "label_geometry", "label_origin", "label_names", "exclude_rois", "geometry",
+)  # fmt: skip
 HEADERLESS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-
-
-@dataclass
-class BuildReport:
-    """What a build did. `text()` is for people; the counts are in `dataset.json` too."""
-
-    out: Path
-    private: Path
-    samples: int = 0
-    shards: int = 0
-    seconds: float = 0.0
-    counts: dict[str, int] = field(default_factory=dict)  # by "split modality geometry"
-    quarantined: dict[str, int] = field(default_factory=dict)  # by reason code
-    notes: dict[str, int] = field(default_factory=dict)  # things done that a person should know of
-
-    def text(self) -> str:
-        """A few lines for the console."""
-        lines = [f"{self.samples} samples in {self.shards} shards, {self.seconds:.1f} s: {self.out}"]
-        lines += [f"  {name}: {count}" for name, count in sorted(self.counts.items())]
-        lines += [f"  refused, {code}: {count}" for code, count in sorted(self.quarantined.items())]
-        lines += [f"  {name}: {count}" for name, count in sorted(self.notes.items()) if count]
-        return "\n".join([*lines, f"  which input is which: {self.private / 'index.jsonl'}"])
 
 
 def build(
     sources: Sequence[SourceConfig],
-    out: Path,
+    out: str | Path,
     private: Path | None = None,
     *,
-    workers: int = 1,
+    workers: int = 0,
+    scheduler: str | None = None,
+    part: tuple[int, int] | None = None,
+    work: Path | None = None,
     exact: bool = False,
     seed: int = 0,
     split: Mapping[str, float] | None = None,
     shard_samples: int = 64,
     level_min_voxels: int = LEVEL_MIN_VOXELS,
+    on_leak: str = "refuse",
+    drop_missing: bool = False,
+    retry: bool = False,
     progress: bool = True,
 ) -> BuildReport:
-    """Build the dataset `out` (a folder that must not exist) from `sources`.
+    """Build the dataset `out` (a folder or fsspec address) from `sources`, or add to it what is new.
 
-    `private` (default: OUT-private) receives the hash key and the list of inputs by path with what became of
-    each; keep it apart from the dataset. `split` maps names to fractions of subjects; `exact` stores float32
-    where 16 bits would lose anything. Volumes above `level_min_voxels` get reduced levels. Raises `UserError`
-    before anything is written where a declaration is missing; an input that cannot be trusted is quarantined
-    and counted, not raised.
+    `private` (default: OUT-private, beside it or in the current folder) receives the hash key, the list of
+    inputs by path with what became of each, and, in `work`, the state of an unfinished build; keep it apart
+    from the dataset. `workers` processes on this machine (0: this one alone), or the dask cluster at
+    `scheduler`. `part` (i, N), 1 <= i <= N, only reads a share of the cases; `merge` then completes the
+    dataset. `split` maps names to fractions of subjects; `exact` stores float32 where 16 bits would lose
+    anything; volumes above `level_min_voxels` get reduced levels. `drop_missing` removes samples whose inputs
+    are gone, `retry` reads refused inputs again. Raises `UserError` before anything is read where a
+    declaration is missing; an input that cannot be trusted is quarantined and counted, not raised.
     """
     started = time.monotonic()
-    out = Path(os.path.abspath(out))
-    private = Path(os.path.abspath(private)) if private is not None else out.with_name(out.name + "-private")
+    place, private = Place(out), _private(out, private)
+    _check_names(sources)
     fractions = dict(split) if split is not None else dict(FRACTIONS)
     check_fractions(fractions)
-    _check_names(sources)
-    _check_folders(out, private)
-    cases = [(source, case) for source in sources for case in discover(source)]
-    _check_burned_in(cases)
-    ids = label_ids(case for _, case in cases)
+    options = {
+        "exact": exact,
+        "seed": seed,
+        "split": fractions,
+        "shard_samples": shard_samples,
+        "level_min_voxels": level_min_voxels,
+        "on_leak": on_leak,
+    }
     hashes = KeyedHash.open(private)
-    jobs = _jobs(cases, hashes)
-    with _fresh_folder(out.with_name(out.name + ".partial")) as partial:
-        staging = partial / "staging"
-        staging.mkdir()
-        settings = Settings(staging, ids, exact, seed, level_min_voxels)
-        with processes(workers, progress=progress) as each:
-            outcomes = each("reading", prepare, [(job, settings) for job in jobs])
-        _check_undecided(outcomes, jobs)
-        staged = [(jobs[o.number], sample) for o in outcomes for sample in o.samples]
-        merged = merge_duplicates(staged, ids)
-        samples, split_notes = _assign_splits(merged, fractions, seed)
-        plans = plan_shards(samples, shard_samples, SHARD_BYTES)
-        small = sum(sample.size for sample in samples) < POOL_BYTES
-        with processes(1 if small else workers, progress=progress) as each:
-            written = each("writing", write_shard, [(plan, partial) for plan in plans])
-        shutil.rmtree(staging)
-        rows = [row for _, part in written for row in part]
-        _write_private(private, outcomes, jobs, rows)
-        report = BuildReport(out, private, len(rows), len(plans))
-        report.counts = dict(Counter(f"{r['split']} {r['modality']} {r['geometry']}" for r in rows))
-        report.quarantined = dict(Counter(r.code for o in outcomes for r in o.refusals))
-        report.notes = {**_notes(rows, samples), **merged.notes, **split_notes}
-        if not rows:
-            raise UserError(
-                f"no input could be used: {report.quarantined}; {private / 'index.jsonl'} says why"
-            )
-        _write_quarantine(partial / "quarantine.jsonl", outcomes, jobs)
-        options = {"seed": seed, "split": fractions, "exact": exact, "shard_samples": shard_samples}
-        info = {
-            "format_version": FORMAT_VERSION,
-            "labels": {str(i): name for name, i in ids.items()},
-            "counts": {
-                "samples": len(rows),
-                "by": report.counts,
-                "refused": report.quarantined,
-                "notes": report.notes,
-            },
-            "built_with": {
-                "medfm": _version("medfm"),
-                "blosc2": _version("blosc2"),
-                "level_min_voxels": level_min_voxels,
-                **options,
-            },
-            "sources": [s.model_dump(mode="json", include=set(STATED)) for s in sources],
-            "shards": [entry for entry, _ in written],
-            "manifest_sha256": write_manifest(rows, partial / "manifest.parquet"),
+    journal = Journal(_work(work, private, part))
+    with _lock(journal.folder), pool(workers, scheduler) as hands, Progress(progress) as shown:
+        shown.stage("looking for scans")
+        cases = [(s, case) for s in sources for case in discover(s, hands.ordered, hashes)]
+        _check_burned_in(cases)
+        earlier = _earlier(place, private, journal, hashes, options, part)
+        ids = label_ids((case for _, case in cases), earlier.labels)
+        about = {
+            "options": options,
+            "ids": ids,
+            "hash_key": hashes.of("dataset", "key check")[:16],
+            "stated": [s.model_dump(mode="json", include=set(STATED)) for s in sources],
+            "sources": [s.model_dump(mode="json", include={"name", "split"}) for s in sources],
+            "cases": len(cases),
+            "part": list(part) if part is not None else [1, 1],
         }
-        (partial / "dataset.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
-        write_report(partial)
-        os.replace(partial, out)
+        journal.open(about)
+        (journal.folder / DONE).unlink(missing_ok=True)
+        jobs = _jobs(cases, hashes, ids, options)
+        if part is not None:
+            jobs = [job for job in jobs if int(job.key[:8], 16) % part[1] == part[0] - 1]
+        known = earlier.known({job.key: (job.number, job.fingerprint) for job in jobs}, retry)
+        _check_missing(earlier, {job.key for job in jobs}, drop_missing)
+        settings = Settings(journal, ids, exact, seed, level_min_voxels)
+        outcomes = _read([job for job in jobs if job.key not in known], settings, hands, shown)
+        content = {sample.row["content_hash"] for outcome in outcomes for sample in outcome.samples}
+        if again := earlier.touched(known, content):
+            known = {key: case for key, case in known.items() if key not in again}
+            outcomes += _read([job for job in jobs if job.key in again], settings, hands, shown)
+        _check_undecided(outcomes)
+        if part is not None:
+            return _finish_part(journal, jobs, outcomes, BuildReport(place.root, private, part=part), started)
+        shown.stage("writing shards")
+        report = complete(outcomes, known, earlier, journal, place, private, about, hands, shown.count)
+    shutil.rmtree(journal.folder)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def merge(
+    out: str | Path,
+    parts: Sequence[Path] = (),
+    private: Path | None = None,
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+    progress: bool = True,
+) -> BuildReport:
+    """Complete the dataset of which every part has been read (`build(..., part=(i, N))`).
+
+    `parts` are their work folders; by default those in the private folder. Raises `UserError` where a part is
+    missing, unfinished, or of another build.
+    """
+    started = time.monotonic()
+    place, private = Place(out), _private(out, private)
+    hashes = KeyedHash.open(private)
+    folders = [Path(p) for p in parts] or sorted(private.glob("work-*-of-*"))
+    journals = [Journal(folder) for folder in folders]
+    about = _check_parts(journals, hashes)
+    main = Journal(_work(None, private, None))
+    with _lock(main.folder), pool(workers, scheduler) as hands, Progress(progress) as shown:
+        if place.size("dataset.json") is not None:
+            raise UserError(f"{place} is complete; merge builds a new dataset: give another --out")
+        main.open(about)
+        outcomes = [outcome for journal in journals for outcome in _outcomes(journal)]
+        _check_undecided(outcomes)
+        shown.stage("writing shards")
+        report = complete(outcomes, {}, Earlier(place), main, place, private, about, hands, shown.count)
+    for journal in [main, *journals]:
+        shutil.rmtree(journal.folder)
     report.seconds = time.monotonic() - started
     return report
 
 
 def build_from_recipe(
-    recipe: Path | Sequence[Path],
-    out: Path,
+    recipe: str | Path | Sequence[str | Path],
+    out: str | Path,
     private: Path | None = None,
     *,
     root: Path | None = None,
-    workers: int = 1,
+    workers: int = 0,
     progress: bool = True,
     **changes: Any,
 ) -> BuildReport:
     """Build from a YAML recipe (see `build_recipe.BuildRecipe`), or from folders of scans as they are.
 
-    `root` replaces the recipe's own: paths in it are relative to that folder. `changes` replace other fields
-    of the recipe (seed, exact, split, shard_samples, level_min_voxels, modality, burned_in for sources that
-    state none).
+    `root` replaces the recipe's own: paths in it are relative to that folder. `changes` are the other
+    arguments of `build`, and fields of the recipe that replace its own (seed, exact, split, shard_samples,
+    level_min_voxels, on_leak; modality, burned_in and the like for sources that state none).
     """
     from data_pipeline.build_recipe import read_recipe
 
+    how = {name: changes.pop(name) for name in HOW if name in changes}
     plan = read_recipe(recipe, root, changes)
-    options = plan.model_dump(include={"exact", "seed", "split", "shard_samples", "level_min_voxels"})
-    return build(plan.sources, out, private, workers=workers, progress=progress, **options)
+    options = plan.model_dump(include=set(OPTIONS))
+    return build(plan.sources, out, private, workers=workers, progress=progress, **options, **how)
 
 
-def label_ids(cases: Iterable[Case]) -> dict[str, int]:
-    """Dataset-wide ids, from 1, of every label name, in order of first appearance.
+HOW = ("scheduler", "part", "work", "drop_missing", "retry")
+OPTIONS = ("exact", "seed", "split", "shard_samples", "level_min_voxels", "on_leak")
+
+
+def label_ids(cases: Iterable[Case], before: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Dataset-wide ids, from 1, of every label name, in order of first appearance after those of `before`.
 
     Sources join by name. Names that differ only in case or punctuation are an error, to be answered in the
-    recipe by `labels`.
+    recipe by `labels` or `label_names`.
     """
-    ids: dict[str, int] = {}
-    written: dict[str, tuple[str, str]] = {}
+    ids: dict[str, int] = dict(before or {})
+    written: dict[str, tuple[str, str]] = {_plain(name): (name, "the dataset") for name in ids}
     for case in cases:
-        for name in case.label_regions or ():
-            plain = "".join(c for c in name.lower() if c.isalnum()) or name
-            other, source = written.setdefault(plain, (name, case.source))
+        regions = [case.label_regions or {}, *(label.regions for label in case.dicom_labels)]
+        for name in (name for named in regions for name in named):
+            other, source = written.setdefault(_plain(name), (name, case.source))
             if other != name:
                 raise UserError(
                     f"label names {other!r} (source {source!r}) and {name!r} ({case.source!r}) look alike; "
-                    "write them alike with labels: {value: name} in the recipe"
+                    "write them alike in the recipe with labels: {value: name} or label_names: {name: name}"
                 )
-            ids.setdefault(name, len(ids) + 1)
+            ids.setdefault(name, max(ids.values(), default=0) + 1)
     if len(ids) > 254:
         raise UserError(
             f"{len(ids)} label names; a dataset holds at most 254, so build two or leave some sources out"
         )
     return ids
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum()) or name
+
+
+def _private(out: str | Path, private: Path | None) -> Path:
+    text = os.fspath(out)
+    if "://" in text:
+        default = Path.cwd() / (text.rstrip("/").rsplit("/", 1)[-1] + "-private")
+        return Path(os.path.abspath(private)) if private is not None else default
+    folder = Path(os.path.abspath(out))
+    chosen = (
+        Path(os.path.abspath(private)) if private is not None else folder.with_name(folder.name + "-private")
+    )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --out")
+    if chosen.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"the private folder {chosen} must lie outside the dataset {folder}")
+    return chosen
+
+
+def _work(work: Path | None, private: Path, part: tuple[int, int] | None) -> Path:
+    """The work folder; of a part, one of its own."""
+    if part is None:
+        return Path(os.path.abspath(work)) if work is not None else private / "work"
+    number, count = part
+    if not 1 <= number <= count:
+        raise UserError(f"--part {number}/{count}: parts are numbered from 1 to N, as 3/16")
+    base = Path(os.path.abspath(work)) if work is not None else private
+    return base / f"work-{number:04d}-of-{count:04d}"
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the work folder; a second build of it would write between the lines of the first."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}; nothing was built"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"{folder} is in use by another build of this dataset; wait for it to end") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}; start the same build again"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _earlier(
+    place: Place,
+    private: Path,
+    journal: Journal,
+    hashes: KeyedHash,
+    options: Mapping[str, Any],
+    part: tuple[int, int] | None,
+) -> Earlier:
+    """The dataset that is there, if it is one of ours and asked for in the same way."""
+    before = journal.folder / "before"
+    before.mkdir(exist_ok=True, mode=0o700)
+    earlier = Earlier.open(place, private / "index.jsonl", before)
+    if not earlier:
+        strangers = [
+            n for n in place.names() if not n.endswith((".tar", ".partial", ".jsonl", ".parquet", ".html"))
+        ]
+        if strangers:
+            raise UserError(
+                f"{place} exists and holds other files ({strangers[0]}); choose another --out or empty it"
+            )
+        return earlier
+    if part is not None:
+        raise UserError(f"{place} is complete; --part builds a new dataset, add to this one without it")
+    if earlier.info["hash_key"] != hashes.of("dataset", "key check")[:16]:
+        raise UserError(
+            f"{place} was built with another hash key; give its own --private folder, or another --out"
+        )
+    for name, value in options.items():
+        if name not in ("on_leak", "shard_samples") and earlier.info["built_with"].get(name) != value:
+            raise UserError(
+                f"{place} was built with {name} {earlier.info['built_with'].get(name)}, asked for is {value}"
+                "; give another --out, or the same value"
+            )
+    return earlier
+
+
+def _check_missing(earlier: Earlier, wanted: Collection[str], drop: bool) -> None:
+    gone = earlier.missing(wanted)
+    if gone and not drop:
+        raise UserError(
+            f"{len(gone)} inputs of {earlier.place} are no longer found, first {gone[0]['paths'][0]}; bring "
+            "them back, or remove their samples with --drop-missing"
+        )
 
 
 def _check_names(sources: Sequence[SourceConfig]) -> None:
@@ -202,23 +327,8 @@ def _check_names(sources: Sequence[SourceConfig]) -> None:
         raise UserError(f"two sources are called {twice[0]!r}; give each its own name")
 
 
-def _check_folders(out: Path, private: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; choose another --out or remove it")
-    if private == out or private.is_relative_to(out):
-        raise UserError(f"the private folder {private} must lie outside the dataset {out}")
-    if out.is_dir():
-        out.rmdir()
-
-
 def _check_burned_in(cases: Sequence[tuple[SourceConfig, Case]]) -> None:
     """Stop before reading where radiographs without a header may have text burned in and nobody decided."""
-    for source, _ in cases:
-        if source.burned_in == "mask":
-            raise UserError(
-                f"source {source.name!r}: burned_in: mask is not available yet; use burned_in: quarantine, "
-                "or accept after looking at the pictures"
-            )
     open_cases = Counter(
         source.name
         for source, case in cases
@@ -231,13 +341,10 @@ def _check_burned_in(cases: Sequence[tuple[SourceConfig, Case]]) -> None:
         _burned_in_error(open_cases)
 
 
-def _check_undecided(outcomes: Sequence[Outcome], jobs: Sequence[Job]) -> None:
+def _check_undecided(outcomes: Iterable[Outcome]) -> None:
     """The same for formats whose header had to be read first."""
     found = Counter(
-        jobs[o.number].source.name
-        for o in outcomes
-        for r in o.refusals
-        if r.code == "burned_in" and r.detail == "undecided"
+        o.source for o in outcomes for r in o.refusals if r.code == "burned_in" and r.detail == "undecided"
     )
     if found:
         _burned_in_error(found)
@@ -247,133 +354,141 @@ def _burned_in_error(counts: Mapping[str, int]) -> None:
     listed = ", ".join(f"{count} in source {name!r}" for name, count in counts.items())
     raise UserError(
         f"{sum(counts.values())} radiographs ({listed}) do not say that no text is burned in; "
-        "look at them and state burned_in: accept or quarantine"
+        "look at them and state burned_in: accept, quarantine or mask"
     )
 
 
-def _jobs(cases: Sequence[tuple[SourceConfig, Case]], hashes: KeyedHash) -> list[Job]:
+def _jobs(
+    cases: Sequence[tuple[SourceConfig, Case]],
+    hashes: KeyedHash,
+    ids: Mapping[str, int],
+    options: Mapping[str, Any],
+) -> list[Job]:
     jobs = []
-    seen: dict[str, Path] = {}
+    seen: dict[str, Any] = {}
+    build_wide = [FORMAT_VERSION, options["exact"], options["seed"], options["level_min_voxels"]]
     for number, (source, case) in enumerate(cases):
-        identity = "\0".join(
-            [source.name, case.subject, relative(case.images[0], source.path), case.series or ""]
-        )
-        key = hashes.of("case", identity)[:16]
+        single = case.series is None or case.files is None or len(case.files) == 1
+        place = relative(case.images[0], source.path) if single else ""
+        key = hashes.of("case", "\0".join([source.name, case.subject, place, case.series or ""]))[:16]
         if key in seen:
             raise UserError(f"{case.images[0]} is listed twice in source {source.name!r}; remove one entry")
         seen[key] = case.images[0]
-        subject = hashes.subject(source.name, case.subject)[:16]
-        jobs.append(Job(number, case, source, key, hashes.path(case.images[0]), subject))
+        files = _files(case)
+        used = {
+            name: ids[name]
+            for named in (case.label_regions or {}, *(d.regions for d in case.dicom_labels))
+            for name in named
+        }
+        stated = source.model_dump(mode="json", include=set(READ_BY))
+        about = replace(case, source="", images=(), files=None, label=None, refused=None, split=None)
+        jobs.append(
+            Job(
+                number,
+                case,
+                source,
+                key,
+                hashes.path(case.images[0]),
+                hashes.subject(source.name, case.subject)[:16],
+                fingerprint(files, [build_wide, stated, repr(about), used, str(case.refused)]),
+                sum(size for size, _ in files.values()),
+            )
+        )
     return jobs
 
 
-def _assign_splits(
-    merged: Merged, fractions: Mapping[str, float], seed: int
-) -> tuple[list[Staged], dict[str, int]]:
-    """Give samples their split and joint subject. Subjects of duplicates are one; stated splits win."""
-    groups: Groups = Groups()
-    subject_of: dict[tuple[str, str], str] = {}
-    stated: dict[Any, set[str]] = defaultdict(set)
-    for together in merged.together:
-        names = [(job.source.name, job.case.subject) for job in together]
-        groups.join(names)
-        for name, job in zip(names, together):
-            subject_of[name] = job.subject
-    every = [job for together in merged.together for job in together]
-    for job in every:
-        if job.case.split is not None:
-            stated[groups.find((job.source.name, job.case.subject))].add(job.case.split)
-    chosen: dict[Any, str] = {root: strictest(splits) for root, splits in stated.items()}
-    stated_by = {job.source.name: job.source.split for job in every}
-    free: dict[str, set[Any]] = defaultdict(set)
-    for job in every:
-        root = groups.find((job.source.name, job.case.subject))
-        if root not in chosen:
-            free[root[0]].add(root)
-    for source, roots in free.items():  # a subject of several sources follows the one that its root is of
-        chosen.update(assign(sorted(roots), stated_by[source] or fractions, seed))
-    samples = []
-    for job, sample in merged.samples:
-        root = groups.find((job.source.name, job.case.subject))
-        row = {**sample.row, "split": chosen[root], "subject": subject_of[root]}
-        samples.append(Staged(row, sample.description, sample.frames, sample.size))
-    notes = {"subjects stated in several splits": sum(len(s) > 1 for s in stated.values())}
-    return samples, notes
+def _files(case: Case) -> dict[str, tuple[int, int]]:
+    """{address: (bytes, time)} of every file of a case; a file that is not there has -1."""
+    paths = [*(case.files or case.images), *([case.label] if case.label is not None else [])]
+    paths += [label.path for label in case.dicom_labels]
+    found = {}
+    for path in paths:
+        inside = (
+            sorted(p for p in path.rglob("*") if p.is_file())
+            if case.files is None and path.is_dir()
+            else [path]
+        )
+        for file in inside:
+            try:
+                about = file.stat()
+                when = getattr(about, "st_mtime_ns", None) or int(about.st_mtime * 1e9)
+                found[str(file)] = about.st_size, int(when)
+            except OSError:
+                found[str(file)] = -1, 0
+    return found
 
 
-def _notes(rows: Sequence[dict[str, Any]], samples: Sequence[Staged]) -> dict[str, int]:
-    about = [sample.description for sample in samples]
-    found = Counter(name for description in about for name in description["provenance"])
-    placed = Counter(description.get("label", {}).get("placed") for description in about)
-    pet = Counter(
-        c["units"] for description in about for c in description["channels"] if c["modality"] == "PT"
+def _read(jobs: Sequence[Job], settings: Settings, hands: Pool, shown: Progress) -> list[Outcome]:
+    """Outcomes of the jobs, in their order: recorded ones, and the rest read by the workers."""
+    journal = settings.journal
+    done = journal.done()
+    todo = [job for job in jobs if done.get(job.key) != job.fingerprint]
+    shown.stage("reading", len(jobs), len(jobs) - len(todo))
+    kills = journal.kills()
+    results = hands.stream(
+        prepare,
+        [(job, settings) for job in todo],
+        ended=[kills.get(job.key, 0) for job in todo],
+        on_kill=lambda n: journal.killed(todo[n].key),
     )
-    return {
-        "sform taken where qform differs by more than a voxel": found["qform_differs"],
-        "position unknown, spacing alone taken": found["no_form"],
-        "MONOCHROME1 inverted": found["inverted"],
-        "PET without SUV, percentiles taken": pet["arbitrary"],
-        "labels resampled to the grid of the image": placed["resampled"],
-        "labels placed by the image's geometry": placed["image"],
-        "spacing assumed from a field width": sum(r["spacing_source"] == "assumed" for r in rows),
-        "spacing declared by the recipe": sum(r["spacing_source"] == "declared" for r in rows),
-        "stored with an error (max_error in the manifest)": sum(r["max_error"] > 0 for r in rows),
-        "stored as float32": sum(r["dtype"] == "float32" for r in rows),
-        "labelled": sum(r["seg_size"] > 0 for r in rows),
-    }
+    for number, codes in results:
+        job = todo[number]
+        if isinstance(codes, Lost):
+            message = f"{job.case.images[0]}: ended its worker {codes.times} times, though it was read alone"
+            refusal = Refusal("kills_workers", "", message, "image")
+            journal.finish(job.outcome(refusals=(refusal,)))
+            codes = ["kills_workers"]
+        shown.read(job.size, codes)
+    return [journal.outcome(job.key, job.fingerprint) for job in jobs]
 
 
-def _write_quarantine(path: Path, outcomes: Sequence[Outcome], jobs: Sequence[Job]) -> None:
-    entries = [
-        {"input": jobs[o.number].input, "source": jobs[o.number].source.name, "what": r.what, "code": r.code}
-        | ({"detail": r.detail} if r.detail else {})
-        for o in outcomes
-        for r in o.refusals
-    ]
-    lines = sorted(json.dumps(entry, sort_keys=True) for entry in entries)
-    path.write_text("".join(f"{line}\n" for line in lines))
+DONE = "done.json"
 
 
-def _write_private(
-    private: Path, outcomes: Sequence[Outcome], jobs: Sequence[Job], rows: Sequence[dict[str, Any]]
-) -> None:
-    """The way back from hashes to files: one JSON line an input. Stays outside the dataset."""
-    places = {row["key"]: row["shard"] for row in rows}
-    descriptor = os.open(private / "index.jsonl", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        for outcome in outcomes:
-            job = jobs[outcome.number]
-            entry = {
-                "key": job.key,
-                "keys": [s.row["key"] for s in outcome.samples if s.row["key"] in places],
-                "input": job.input,
-                "subject_hash": job.subject,
-                "source": job.source.name,
-                "subject": job.case.subject,
-                "paths": [os.path.abspath(p) for p in job.case.images],
-                "label": None if job.case.label is None else os.path.abspath(job.case.label),
-                "refused": [r.message for r in outcome.refusals],
-            }
-            file.write(json.dumps(entry) + "\n")
+def _finish_part(
+    journal: Journal, jobs: Sequence[Job], outcomes: Sequence[Outcome], report: BuildReport, started: float
+) -> BuildReport:
+    """Note that a part is read to its end, and which outcomes are its own."""
+    write_whole(journal.folder / DONE, json.dumps({job.key: job.fingerprint for job in jobs}).encode())
+    report.read = len(outcomes)
+    report.samples = sum(len(o.samples) for o in outcomes)
+    report.quarantined = dict(Counter(r.code for o in outcomes for r in o.refusals))
+    report.seconds = time.monotonic() - started
+    return report
 
 
-@contextmanager
-def _fresh_folder(path: Path) -> Iterator[Path]:
-    """An empty folder, removed with all it holds when the block fails: it contains patient images."""
-    shutil.rmtree(path, ignore_errors=True)
-    try:
-        path.mkdir(parents=True)
-        yield path
-    except OSError as error:
-        shutil.rmtree(path, ignore_errors=True)
-        raise UserError(f"{error.filename or path}: {error.strerror or error}; nothing was built") from error
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+def _outcomes(journal: Journal) -> list[Outcome]:
+    cases = json.loads((journal.folder / DONE).read_text())
+    return [journal.outcome(key, fingerprint) for key, fingerprint in cases.items()]
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+def _check_parts(journals: Sequence[Journal], hashes: KeyedHash) -> dict[str, Any]:
+    """What all parts were asked for, if they are the parts of one build and none is missing."""
+    if not journals:
+        raise UserError("no parts found; give the work folders of `medfm shards build --part i/N`")
+    abouts = [journal.about() for journal in journals]
+    count = abouts[0]["part"][1]
+    numbers = Counter(about["part"][0] for about in abouts)
+    if missing := [n for n in range(1, count + 1) if numbers[n] != 1]:
+        raise UserError(
+            f"part {missing[0]} of {count} is {'there twice' if numbers[missing[0]] else 'missing'}"
+        )
+    first = {name: value for name, value in abouts[0].items() if name != "part"}
+    for journal, about in zip(journals, abouts):
+        if not (journal.folder / DONE).is_file():
+            raise UserError(
+                f"{journal.folder}: part {about['part'][0]} is not finished; start it again first"
+            )
+        if other := [n for n, value in first.items() if about[n] != value or about["part"][1] != count]:
+            raise UserError(
+                f"{journal.folder}: is of another build (its {other[0]} differs); build the parts alike"
+            )
+    if first["hash_key"] != hashes.of("dataset", "key check")[:16]:
+        raise UserError(
+            "the parts were read with another hash key; give the --private folder they were read with"
+        )
+    if (found := sum(len(json.loads((j.folder / DONE).read_text())) for j in journals)) != first["cases"]:
+        raise UserError(
+            f"the parts hold {found} cases of {first['cases']}; build every part from the same sources"
+        )
+    return first

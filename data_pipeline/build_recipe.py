@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,7 +14,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.sources import SourceConfig
 
 PATHS = ("path", "subjects")  # of a source, relative to the recipe's root
-FOR_SOURCES = ("modality", "burned_in", "spacing", "field_mm", "layout", "labels", "label_origin")
+FOR_SOURCES = ("modality", "burned_in", "deface", "spacing", "field_mm", "layout", "labels", "label_origin")
 
 
 class BuildRecipe(BaseModel):
@@ -32,6 +32,9 @@ class BuildRecipe(BaseModel):
     seed: int = 0
     exact: bool = Field(False, description="float32 where 16 bits would lose anything")
     shard_samples: int = Field(64, ge=1, description="most samples in one shard")
+    on_leak: Literal["refuse", "strictest"] = Field(
+        "refuse", description="a subject stated in two splits: an error, or test before val before train"
+    )
     level_min_voxels: int = Field(
         2 * 64**3, ge=0, description="larger volumes get levels reduced 2 and 4 times"
     )

@@ -58,6 +58,8 @@ REASONS = MappingProxyType(
         "not_hounsfield": "a CT that cannot be in Hounsfield units",
         "constant": "every valid voxel has the same value",
         "no_valid_voxels": "no finite voxel at all",
+        "unforeseen": "reading it failed in a way that nobody foresaw; the private index names the error",
+        "kills_workers": "reading it ended its worker again and again, most likely for memory",
         "burned_in": "a radiograph that may have text burned in",
         "label_unreadable": "the label file cannot be read",
         "label_shape": "the label has another size and no geometry to place it with",

@@ -85,12 +85,19 @@ def cache_folder() -> Path:
     raise UserError(f"no writable cache folder: {home} cannot be written; set MEDFM_CACHE to one that can")
 
 
-def write_manifest(rows: Iterable[dict[str, Any]], path: Path) -> str:
-    """Write rows, sorted by (shard, image_offset), as Parquet; returns the sha256 hex of the file."""
+def manifest_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
+    """Rows, sorted by (shard, image_offset), as a Parquet file."""
     ordered = sorted(rows, key=lambda row: (row["shard"], row["image_offset"]))
-    table = pa.Table.from_pylist(ordered, schema=SCHEMA)
-    pq.write_table(table, path, compression="zstd")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ordered, schema=SCHEMA), sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def write_manifest(rows: Iterable[dict[str, Any]], path: Path) -> str:
+    """Write `manifest_bytes`; returns the sha256 hex of the file."""
+    data = manifest_bytes(rows)
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 class Manifest:
@@ -126,10 +133,16 @@ class Manifest:
             )
         if check_shards and isinstance(place, Path):
             _check_shards(place, info)
+        return cls.of(place, raw, info)
+
+    @classmethod
+    def of(cls, root: Path | str, parquet: bytes, info: dict[str, Any]) -> Manifest:
+        """The manifest of a dataset at `root` whose two files are at hand."""
+        digest = hashlib.sha256(parquet).hexdigest()
         arrow = cache_folder() / f"manifest-{digest[:32]}.arrow"
         if not arrow.is_file():
-            _write_arrow(raw, arrow)
-        return cls(place, digest, info, arrow)
+            _write_arrow(parquet, arrow)
+        return cls(root, digest, info, arrow)
 
     @property
     def table(self) -> pa.Table:

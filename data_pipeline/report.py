@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,10 +30,14 @@ figcaption, .note { opacity: .75; } svg { width: 100%; height: 9rem; }
 """
 
 
-def write_report(root: Path) -> Path:
-    """Write `root/report.html` from the finished shards in `root`; the same dataset gives the same bytes."""
-    manifest = Manifest.open(root)
-    reader = ShardReader(root, manifest)
+def report_html(
+    manifest: Manifest, refused: Sequence[Mapping[str, str]], left_out: Sequence[Mapping[str, str]]
+) -> str:
+    """The page for a dataset whose shards are written; the same dataset gives the same text.
+
+    `refused` and `left_out` are the entries of `quarantine.jsonl` and `duplicates.jsonl`.
+    """
+    reader = ShardReader(manifest.root, manifest)
     info = manifest.info
     parts = [
         f"<h1>{len(manifest)} samples in {len(info['shards'])} shards</h1>",
@@ -45,17 +47,15 @@ def write_report(root: Path) -> Path:
         _sources(manifest),
     ]
     parts += [_modality(manifest, reader, str(m)) for m in sorted(set(manifest.column("modality")))]
-    parts += ["<h2>Labels</h2>", _labels(manifest), "<h2>Refused inputs</h2>", _quarantine(root)]
+    parts += ["<h2>Labels</h2>", _labels(manifest), "<h2>Refused inputs</h2>", _quarantine(refused)]
+    parts += ["<h2>Copies left out</h2>", _copies(left_out)]
     done = [(name, count) for name, count in sorted(info["counts"]["notes"].items()) if count]
     parts += ["<h2>What the build did that you should know of</h2>", _table(("what", "count"), done)]
     reader.close()
-    text = (
+    return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>medfm dataset</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
-    path = root / "report.html"
-    path.write_text(text)
-    return path
 
 
 def _sources(manifest: Manifest) -> str:
@@ -124,13 +124,29 @@ def _labels(manifest: Manifest) -> str:
     return _table(("id", "name", "samples looked at", "samples with it"), rows)
 
 
-def _quarantine(root: Path) -> str:
-    entries = [json.loads(line) for line in (root / "quarantine.jsonl").read_text().splitlines()]
+def _quarantine(entries: Sequence[Mapping[str, str]]) -> str:
     counts = Counter((e["source"], e["what"], e["code"]) for e in entries)
     rows = [
         (source, what, code, REASONS.get(code, ""), n) for (source, what, code), n in sorted(counts.items())
     ]
-    return _table(("source", "what", "code", "reason", "count"), rows)
+    return _table(("source", "what", "code", "reason", "count"), rows) + _details(
+        "which", ("input", "source", "what", "code", "detail"), entries
+    )
+
+
+def _copies(entries: Sequence[Mapping[str, str]]) -> str:
+    counts = sorted(Counter(e["label"] for e in entries).items())
+    return _table(("label of the copy", "count"), counts) + _details(
+        "which", ("kept", "left_out", "label"), entries
+    )
+
+
+def _details(title: str, names: Sequence[str], entries: Sequence[Mapping[str, str]]) -> str:
+    """A folded table of the first thousand entries."""
+    if not entries:
+        return ""
+    rows = sorted(tuple(e.get(name, "") for name in names) for e in entries)[:1000]
+    return f"<details><summary>{title} (by keyed hash)</summary>{_table(names, rows)}</details>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -4,28 +4,43 @@ process.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.content_hash import content_hash
 from data_pipeline.errors import Quarantined, UserError
 from data_pipeline.geometry import geometry_of, level_factors
 from data_pipeline.intensity import statistics
-from data_pipeline.labels import Label, foreground, read_label
+from data_pipeline.journal import Journal, Outcome, Refusal
+from data_pipeline.labels import Label, foreground, label_of
 from data_pipeline.layouts import Case, read_case
 from data_pipeline.manifest import FORMAT_VERSION
 from data_pipeline.privacy import allowed
 from data_pipeline.shard_writer import Staged
 from data_pipeline.sources import SourceConfig
-from data_pipeline.storage import block_mean, chunk_shape, encode, level_shape, quantise
+from data_pipeline.storage import INVALID, block_mean, chunk_shape, encode, level_shape, quantise
 from data_pipeline.volume import Volume
 
-GRID_DECIMALS = 2  # of a millimetre, in the content hash: headers of one scan differ by rounding
+#: What was done to an input that a person should hear of: entries of a volume's provenance or a label's
+#: notes, and things done here; with the sentence that the report counts.
+SENTENCES = {
+    "qform_differs": "sform taken where qform differs by more than a voxel",
+    "no_form": "position unknown, spacing alone taken",
+    "inverted": "MONOCHROME1 inverted",
+    "shear": "sheared or tilted, resampled to right angles",
+    "acquisitions_refused": "series of which some acquisitions were refused",
+    "pet_arbitrary": "PET without SUV, percentiles taken",
+    "label_resampled": "labels resampled to the grid of the image",
+    "label_image": "labels placed by the image's geometry",
+    "text_masked": "radiographs with burned-in text masked",
+    "defaced": "heads whose face was hidden or removed",
+    "no_face_found": "volumes in which no face was found, though deface was asked for",
+}
 MAX_VOXELS = 2**31 - 1  # of one channel: foreground indices are int32
 
 
@@ -33,7 +48,7 @@ MAX_VOXELS = 2**31 - 1  # of one channel: foreground indices are int32
 class Settings:
     """What every case of a build shares. `ids` maps label names to the dataset's label ids, 1 to 254."""
 
-    staging: Path
+    journal: Journal
     ids: Mapping[str, int]
     exact: bool
     seed: int
@@ -42,7 +57,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One case to read. `keys` gives the sample key of frame n; `input` and `subject` are keyed hashes."""
+    """One case to read: what was found, what is stated of its source, and what it is called in the dataset
+    (`key`, `input` and `subject` are keyed hashes). `size` is the bytes of its files.
+    """
 
     number: int
     case: Case
@@ -50,89 +67,125 @@ class Job:
     key: str
     input: str
     subject: str
+    fingerprint: str
+    size: int = 0
+
+    def outcome(self, **found: Any) -> Outcome:
+        """The `Outcome` of this job: `samples`, `refusals`, `notes`."""
+        case = self.case
+        return Outcome(
+            number=self.number,
+            key=self.key,
+            fingerprint=self.fingerprint,
+            input=self.input,
+            subject_hash=self.subject,
+            source=self.source.name,
+            subject=case.subject,
+            split=case.split,
+            paths=tuple(str(p) for p in case.images),
+            label=None if case.label is None else str(case.label),
+            **found,
+        )
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """An input or label that was not taken. `detail` may stand in the dataset, `message` (with path) may
-    not.
+def prepare(job: Job, settings: Settings) -> list[str]:
+    """Read one case, stage its samples and record the outcome in the journal; returns the codes of refusals.
+
+    A refused input is an outcome; `UserError` is a mistake in the recipe.
     """
-
-    code: str
-    detail: str
-    message: str
-    what: str  # "image" or "label"
-
-
-@dataclass
-class Outcome:
-    """What became of one job: samples (several for a 4D file), and refusals."""
-
-    number: int
-    samples: list[Staged] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-
-
-def prepare(job: Job, settings: Settings) -> Outcome:
-    """Read one case and stage its samples. A refused input is an outcome; `UserError` is a mistake in the
-    recipe.
-    """
-    outcome = Outcome(job.number)
+    samples: list[Staged] = []
+    refusals: list[Refusal] = []
+    notes: Counter[str] = Counter()
     try:
-        volumes = read_case(job.case, job.source, settings.seed)
-        for n, volume in enumerate(volumes):
+        for n, volume in enumerate(_volumes(job, settings.seed)):
             _check_burned_in(volume, job.source)
-            label = None
-            if n == 0 and job.case.label is not None:
-                try:
-                    label = _label(job, volume, settings)
-                except Quarantined as error:
-                    outcome.refusals.append(Refusal(error.code, error.detail, str(error), "label"))
-            outcome.samples.append(_stage(job, n, volume, label, settings))
+            hidden = None
+            if job.source.deface is not None or job.source.burned_in == "mask":
+                volume, hidden = _without_identity(volume, job.source, notes)
+            label, faults = label_of(job.case, job.source, volume, n, settings.ids)
+            refusals += [Refusal(fault.code, fault.detail, str(fault), "label") for fault in faults]
+            notes.update(_noteworthy(volume, label))
+            samples.append(_stage(job, n, volume, label, hidden, settings))
     except Quarantined as error:
-        message = str(error.at(job.case.images[0]))
-        outcome.refusals.append(Refusal(error.code, error.detail, message, "image"))
-    except (UserError, OSError, MemoryError):
-        raise  # a mistake in the recipe or trouble of this machine, not of the file
-    except (
-        Exception
-    ) as error:  # one strange file among thousands is refused by name, never the end of the build
+        refusals.append(Refusal(error.code, error.detail, str(error.at(job.case.images[0])), "image"))
+    except (UserError, OSError):
+        raise  # a mistake in the recipe or trouble of this machine (a full disk), not of the file
+    except MemoryError:
+        refusals.append(Refusal("kills_workers", "", f"{job.case.images[0]}: MemoryError", "image"))
+    except Exception as error:  # one strange file of thousands is refused by name, never the end of the build
         message = f"{job.case.images[0]}: {type(error).__name__}: {error}"
-        outcome.refusals.append(Refusal("unreadable", type(error).__name__, message, "image"))
-    if any(refusal.what == "image" for refusal in outcome.refusals):
-        for sample in outcome.samples:  # an earlier frame of a file of which a later one is refused
-            for path in sample.frames.values():
-                path.unlink()
-        outcome.samples.clear()
-    return outcome
+        refusals.append(Refusal("unforeseen", type(error).__name__, message, "image"))
+    if any(refusal.what == "image" for refusal in refusals):
+        samples, notes = [], Counter()  # where one volume of a file is refused, none of it is kept
+    settings.journal.finish(job.outcome(samples=tuple(samples), refusals=tuple(refusals), notes=dict(notes)))
+    return [refusal.code for refusal in refusals]
+
+
+def _noteworthy(volume: Volume, label: Label | None) -> Iterator[str]:
+    """Names of what was done to an input, for `SENTENCES`."""
+    yield from (name for name in SENTENCES if name in volume.provenance)
+    if any(c.modality == "PT" and c.units == "arbitrary" for c in volume.channels):
+        yield "pet_arbitrary"
+    if label is not None:
+        yield from label.notes
+        if label.placed != "grid":
+            yield f"label_{label.placed}"
+
+
+def _volumes(job: Job, seed: int) -> list[Volume]:
+    try:
+        return read_case(job.case, job.source, seed)
+    except FileNotFoundError as error:
+        raise Quarantined("missing") from error
+    except OSError as error:  # the right to read it, or a disk or network that fails
+        raise Quarantined("unreadable", type(error).__name__) from error
 
 
 def _check_burned_in(volume: Volume, source: SourceConfig) -> None:
-    if volume.channels[0].modality != "XR" or source.burned_in == "accept":
+    if volume.channels[0].modality != "XR" or source.burned_in in ("accept", "mask"):
         return
     if volume.provenance.get("BurnedInAnnotation") != "NO":
         raise Quarantined("burned_in", "" if source.burned_in else "undecided")
 
 
-def _label(job: Job, volume: Volume, settings: Settings) -> Label:
-    case, source = job.case, job.source
-    if case.label is None or case.label_regions is None:
-        raise UserError(
-            f"{case.label}: source {source.name!r} has labels but no names; state labels: {{1: name}}"
-        )
-    return read_label(
-        case.label,
-        volume,
-        regions=case.label_regions,
-        ids=settings.ids,
-        ignore=case.ignore,
-        threshold=source.label_threshold,
-        geometry=source.label_geometry,
-        accept_no_form=source.accept_no_form,
-    )
+def _without_identity(
+    volume: Volume, source: SourceConfig, notes: Counter[str]
+) -> tuple[Volume, np.ndarray | None]:
+    """The volume with burned-in text or the face overwritten, and the voxels (z, y, x) to hide."""
+    from data_pipeline.burned_in import text_mask  # scipy takes long to import, and few sources need these
+    from data_pipeline.deface import face_mask
+
+    if volume.channels[0].modality == "XR":
+        if source.burned_in != "mask" or volume.provenance.get("BurnedInAnnotation") == "NO":
+            return volume, None
+        text = text_mask(volume)
+        notes["text_masked"] += int(text.any())
+        return _overwritten(volume, text), None
+    face = face_mask(volume) if source.deface is not None else None
+    if face is None or not face.any():
+        notes["no_face_found"] += int(source.deface is not None)
+        return volume, None
+    notes["defaced"] += 1
+    return (_overwritten(volume, face), None) if source.deface == "remove" else (volume, face)
 
 
-def _stage(job: Job, frame: int, volume: Volume, label: Label | None, settings: Settings) -> Staged:
+def _overwritten(volume: Volume, mask: np.ndarray) -> Volume:
+    """The voxels of `mask` (z, y, x) become invalid in every channel, and their values are gone."""
+    if not mask.any():
+        return volume
+    invalid = np.zeros(volume.voxels.shape, bool) if volume.invalid is None else volume.invalid.copy()
+    voxels = volume.voxels.copy()
+    for channel, bad in zip(voxels, invalid):
+        bad |= mask
+        if bad.all():
+            raise Quarantined("no_valid_voxels")
+        channel[mask] = channel[~bad].min()
+    return replace(volume, voxels=voxels, invalid=invalid)
+
+
+def _stage(
+    job: Job, frame: int, volume: Volume, label: Label | None, hidden: np.ndarray | None, settings: Settings
+) -> Staged:
     if math.prod(volume.shape) > MAX_VOXELS:
         raise Quarantined(
             "unsupported_layout", f"{math.prod(volume.shape)} voxels a channel, at most {MAX_VOXELS}"
@@ -142,23 +195,28 @@ def _stage(job: Job, frame: int, volume: Volume, label: Label | None, settings: 
     norms = statistics(volume)
     stored = quantise(volume.voxels, volume.slope, volume.intercept, volume.invalid, exact=settings.exact)
     arrays = {"image": stored.voxels}
+    visible = stored.voxels if hidden is None else _hide(stored.voxels, hidden)
     factors = level_factors(kind, axes)
     for name, factor in (("l1", factors[1]), ("l2", factors[2])):
         before = factors[1] if name == "l2" else factors[0]
         if math.prod(level_shape(volume.shape, before)) <= settings.level_min_voxels:
             break
-        arrays[name] = block_mean(stored.voxels, factor)
+        arrays[name] = block_mean(visible, factor)
     if label is not None:
         arrays["seg"] = label.layers
-    frames, size = {}, 0
-    for name, array in arrays.items():
-        path = settings.staging / f"{job.number:08d}-{frame}.{name}"
-        data = encode(array, chunk_shape(array.shape, kind, axes))
-        path.write_bytes(data)
-        frames[name], size = path, size + len(data)
+    if hidden is not None:
+        arrays["hide"] = hidden[None].astype(np.uint8)
+    frames = {
+        name: settings.journal.stage(
+            job.key, frame, name, encode(array, chunk_shape(array.shape, kind, axes))
+        )
+        for name, array in arrays.items()
+    }
     levels = [list(factors[n]) for n in range(sum(m in arrays for m in ("image", "l1", "l2")))]
     norm = [[slope, intercept, *n[2:]] for n, slope, intercept in zip(norms, stored.slope, stored.intercept)]
     names = {i: name for name, i in settings.ids.items()}
+    origin = "" if label is None else label.origin or job.source.label_origin
+    values_hash, grid_hash = content_hash(volume)
     row: dict[str, Any] = {
         "key": key,
         "source": job.source.name,
@@ -176,10 +234,10 @@ def _stage(job: Job, frame: int, volume: Volume, label: Label | None, settings: 
         "max_error": stored.max_error,
         "levels": levels,
         "norm": norm,
-        "content_hash": content_hash(volume),
+        "content_hash": grid_hash,
         "valid_fraction": 1.0 if volume.invalid is None else float(1.0 - volume.invalid.mean()),
         **label_columns(
-            None if label is None else label.layers, job.source.label_origin, job.case.annotated, names
+            None if label is None else label.layers, origin, () if label is None else label.annotated, names
         ),
     }
     description: dict[str, Any] = {
@@ -212,7 +270,14 @@ def _stage(job: Job, frame: int, volume: Volume, label: Label | None, settings: 
             "lost": {names[i]: share for i, share in label.lost.items()},
             "volume_change": {names[i]: share for i, share in label.volume_change.items()},
         }
-    return Staged(row, description, frames, size)
+    return Staged(row, description, frames, values_hash)
+
+
+def _hide(stored: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """Stored voxels (c, z, y, x) without the hidden ones (z, y, x), for the reduced levels."""
+    visible = stored.copy()
+    visible[:, hidden] = INVALID if stored.dtype == np.int16 else np.nan
+    return visible
 
 
 def label_columns(
@@ -228,27 +293,6 @@ def label_columns(
         "classes": [names[i] for i in sorted({f.label for f in sampled})],
         "foreground": [{"class": f.label, "layer": f.layer, "voxels": f.voxels.tolist()} for f in sampled],
     }
-
-
-def content_hash(volume: Volume) -> str:
-    """Hash of real values (as float32) and grid, whatever dtype, file or axis order they came in; 32 hex
-    digits.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr(volume.voxels.shape).encode())
-    grid = np.round(volume.affine, GRID_DECIMALS) + 0.0  # + 0.0 turns -0.0 into 0.0
-    digest.update(grid.astype("<f8").tobytes())
-    for n in range(len(volume.voxels)):
-        for plane, bad in zip(volume.voxels[n], _planes(volume, n)):
-            real = (plane * np.float64(volume.slope[n]) + volume.intercept[n]).astype("<f4") + np.float32(0)
-            if bad is not None:
-                real[bad] = np.nan
-            digest.update(real.tobytes())
-    return digest.hexdigest()
-
-
-def _planes(volume: Volume, channel: int) -> Any:
-    return [None] * volume.shape[0] if volume.invalid is None else volume.invalid[channel]
 
 
 def _geometry(volume: Volume, stated: str | None) -> tuple[str, tuple[int, int, int]]:

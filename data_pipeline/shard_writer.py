@@ -1,35 +1,76 @@
-"""Staged samples to tar shards: the layout of shards, then one tar at a time, byte-repeatable."""
+"""Samples to tar shards: the layout of shards, then one tar at a time, byte-repeatable."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
-from data_pipeline.frame_index import write_index
-from data_pipeline.manifest import SUFFIX
+from data_pipeline.errors import UserError
+from data_pipeline.frame_index import checksum, write_index
+from data_pipeline.manifest import MEMBERS, SUFFIX
+from data_pipeline.place import Place
 
 FRAMES = ("image", "l1", "l2", "seg", "hide")
+SHARD_NAME = re.compile(r"([a-z0-9]+-[a-z]+-[a-z]+)-(\d{6,})\.tar")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one member: a staged file, or a part of a shard that is there already.
+
+    `check` is the xxh3-64 of a staged frame, compared before the frame goes into a shard; None where the
+    shard's own index covers the bytes.
+    """
+
+    folder: str
+    name: str
+    size: int
+    offset: int = 0
+    check: int | None = None
+
+    @classmethod
+    def of(cls, path: Path) -> Piece:
+        """A whole local file."""
+        return cls(str(path.parent), path.name, path.stat().st_size)
+
+    def read(self) -> bytes:
+        """The bytes. Raises `UserError` where they are not what was written."""
+        data = Place(self.folder).read(self.name, self.offset, self.size)
+        if len(data) != self.size or (self.check is not None and checksum(data) != self.check):
+            raise UserError(
+                f"{self.folder}/{self.name} was changed or cut short after it was written; "
+                "delete it and start the same build again"
+            )
+        return data
 
 
 @dataclass(frozen=True)
 class Staged:
     """A sample waiting to be put into a shard.
 
-    `row` holds the manifest's columns except shard and offsets; `description` becomes `KEY.json`; `frames`
-    maps each member to the file that holds its Blosc2 frame; `size` is their total in bytes.
+    `row` holds the manifest's columns except shard and offsets; `description` becomes `KEY.json` (empty where
+    `frames` holds the finished `json` member of a sample of an older shard); `frames` maps each member to
+    where its bytes are. `values_hash` is of the voxels alone, whatever their grid.
     """
 
     row: dict[str, Any]
     description: dict[str, Any]
-    frames: dict[str, Path]
-    size: int
+    frames: Mapping[str, Piece]
+    values_hash: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all members together."""
+        return sum(piece.size for piece in self.frames.values())
 
 
 @dataclass(frozen=True)
@@ -39,19 +80,34 @@ class ShardPlan:
     name: str
     samples: tuple[Staged, ...]
 
+    def digest(self) -> str:
+        """Says whether a shard written earlier is the one planned now."""
+        content = [
+            (s.row, s.description, {n: (p.size, p.check) for n, p in s.frames.items()}) for s in self.samples
+        ]
+        return xxhash.xxh3_128_hexdigest(json.dumps([self.name, content], sort_keys=True).encode())
 
-def plan_shards(samples: Sequence[Staged], shard_samples: int, shard_bytes: int) -> list[ShardPlan]:
+
+def plan_shards(
+    samples: Sequence[Staged], shard_samples: int, shard_bytes: int, taken: Sequence[str] = ()
+) -> list[ShardPlan]:
     """Group samples by split, modality and geometry; order by key; cut by count and bytes.
 
     Keys are hashes, so the order inside a group is random with respect to sources and subjects, yet fixed.
+    Numbers go on after those of the shards in `taken`.
     """
-    groups: dict[tuple[str, str, str], list[Staged]] = defaultdict(list)
+    start: dict[str, int] = defaultdict(int)
+    for name in taken:
+        if match := SHARD_NAME.fullmatch(name):
+            start[match.group(1)] = max(start[match.group(1)], int(match.group(2)) + 1)
+    groups: dict[str, list[Staged]] = defaultdict(list)
     for sample in samples:
-        groups[sample.row["split"], sample.row["modality"].lower(), sample.row["geometry"]].append(sample)
+        row = sample.row
+        groups["-".join((row["split"], row["modality"].lower(), row["geometry"]))].append(sample)
     return [
-        ShardPlan(f"{'-'.join(group)}-{number:06d}.tar", tuple(part))
+        ShardPlan(f"{group}-{number:06d}.tar", tuple(part))
         for group in sorted(groups)
-        for number, part in enumerate(_cut(groups[group], shard_samples, shard_bytes))
+        for number, part in enumerate(_cut(groups[group], shard_samples, shard_bytes), start[group])
     ]
 
 
@@ -67,24 +123,23 @@ def _cut(samples: list[Staged], shard_samples: int, shard_bytes: int) -> Iterato
     yield part
 
 
-def write_shard(plan: ShardPlan, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write one tar and delete its staged files.
+@dataclass(frozen=True)
+class Written:
+    """A finished shard: its `entry` of `dataset.json` (name, size, samples, xxh3-128) and its rows."""
 
-    Returns (the shard's entry of `dataset.json`: name, size, samples, xxh3-128 of the file; the manifest's
-    rows).
-    """
-    path = folder / plan.name
-    with path.open("wb") as file, _tar(file) as tar:
-        for sample in plan.samples:
-            frames = {name: sample.frames[name].read_bytes() for name in FRAMES if name in sample.frames}
-            text = json.dumps(
-                sample.description, sort_keys=True, separators=(",", ":"), allow_nan=False
-            ).encode()
-            key = sample.row["key"]
-            members = {"json": text, **frames, "idx": write_index(key, frames, {"json": text})}
-            tar.write({"__key__": key, **{SUFFIX[name]: data for name, data in members.items()}})
-            for staged in sample.frames.values():
-                staged.unlink()
+    entry: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_shard(plan: ShardPlan, out: Place, scratch: Path) -> Written:
+    """Write one tar in `scratch` and move it to `out`. Members' bytes are checked on the way."""
+    path = scratch / f"{plan.name}.{os.getpid()}"
+    with path.open("wb") as file:
+        hashed = _Hashed(file)
+        with _tar(hashed) as tar:
+            for sample in plan.samples:
+                tar.write(_members(sample))
+    size = path.stat().st_size
     places: dict[str, tuple[int, int]] = {}
     with tarfile.open(path) as written:  # the offsets are read back, not assumed
         for info in written:
@@ -92,26 +147,57 @@ def write_shard(plan: ShardPlan, folder: Path) -> tuple[dict[str, Any], list[dic
     rows = []
     for sample in plan.samples:
         row = {**sample.row, "shard": plan.name}
-        for member, suffix in SUFFIX.items():
-            offset, size = places.get(f"{row['key']}.{suffix}", (-1, -1))
-            row[f"{member}_offset"], row[f"{member}_size"] = offset, size
+        for member in MEMBERS:
+            offset, length = places.get(f"{row['key']}.{SUFFIX[member]}", (-1, -1))
+            row[f"{member}_offset"], row[f"{member}_size"] = offset, length
         rows.append(row)
-    entry = {
-        "name": plan.name,
-        "size": path.stat().st_size,
-        "samples": len(rows),
-        "xxh3_128": file_hash(path),
-    }
-    return entry, rows
+    out.take(path, plan.name)
+    return Written(
+        {"name": plan.name, "size": size, "samples": len(rows), "xxh3_128": hashed.hexdigest()}, rows
+    )
 
 
-def file_hash(path: Path) -> str:
-    """xxh3-128 hex of a whole file."""
+def _members(sample: Staged) -> dict[str, Any]:
+    """The members of one sample as `webdataset.TarWriter` takes them."""
+    key = sample.row["key"]
+    frames = {name: sample.frames[name].read() for name in FRAMES if name in sample.frames}
+    if "json" in sample.frames:
+        text = sample.frames["json"].read()
+    else:
+        text = json.dumps(sample.description, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    members = {"json": text, **frames, "idx": write_index(key, frames, {"json": text})}
+    return {"__key__": key, **{SUFFIX[name]: data for name, data in members.items()}}
+
+
+def file_hash(file: BinaryIO) -> str:
+    """xxh3-128 hex of a whole open file."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    while block := file.read(1 << 22):
+        digest.update(block)
     return digest.hexdigest()
+
+
+class _Hashed:
+    """A file that is hashed as it is written, so that a shard is not read again for it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, xxhash.xxh3_128()
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.flush()
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _tar(file: Any) -> Any:

@@ -1,71 +1,210 @@
-"""Run one function over many arguments, in this process or in a pool of fresh ones, with a progress bar."""
+"""Run one function over many arguments on `dask.distributed` workers, so that a killed worker costs little.
+
+Dask because the same code then runs on the cores of this machine and on any cluster that has a scheduler
+(`dask-jobqueue` for Slurm, the Kubernetes operator, `dask scheduler` and `dask worker` by hand).
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from data_pipeline.errors import UserError
 
-R = TypeVar("R")
+ALONE = 2  # times that a call may end its worker while nothing else runs there, before it is given up
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1",
+}
 
 
-class Map(Protocol):
-    """(title, function, list of argument tuples) -> results in the order of the arguments."""
+def fix_threads(count: str | None = None) -> None:
+    """Take away what makes bytes depend on the machine: Blosc2 writes BLOSC_NTHREADS into every frame."""
+    os.environ.pop("BLOSC_NTHREADS", None)
+    os.environ.update(dict.fromkeys(ONE_THREAD, count) if count is not None else {})
 
-    def __call__(
-        self, title: str, function: Callable[..., R], arguments: Sequence[tuple[Any, ...]]
-    ) -> list[R]: ...
+
+@dataclass(frozen=True)
+class Lost:
+    """In place of a result: the call ended its worker again and again, also when it ran alone."""
+
+    times: int
+
+
+class Pool:
+    """Calls a function once for each argument tuple. In this process, or on a dask client's workers.
+
+    `stream` yields (number of the arguments, result or `Lost`) in the order of completion. An exception that
+    a call raises ends the work and is raised here.
+    """
+
+    def __init__(self, client: Any = None) -> None:
+        self.client = client
+
+    def ordered(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Results in the order of the arguments; a call that keeps ending its worker is a `UserError`."""
+        results: list[Any] = [None] * len(arguments)
+        for number, result in self.stream(function, arguments):
+            if isinstance(result, Lost):
+                raise UserError(
+                    f"{function.__name__} ended its worker {result.times} times, most likely for memory; "
+                    "give the workers more of it or use fewer of them"
+                )
+            results[number] = result
+        return results
+
+    def stream(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        *,
+        ended: Sequence[int] | None = None,
+        on_kill: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """`ended[n]` is how often call n ended its worker, alone, in an earlier run; `on_kill(n)` reports one
+        more."""
+        if self.client is None:
+            yield from ((n, function(*a)) for n, a in enumerate(arguments))
+            return
+        times = list(ended) if ended is not None else [0] * len(arguments)
+        suspects: deque[int] = deque(n for n in range(len(arguments)) if times[n])
+        first = [n for n in range(len(arguments)) if not times[n]]
+        for n, result in self._crowd(function, arguments, first):
+            if isinstance(result, Lost):
+                suspects.append(n)  # perhaps it only ran beside the one that did it
+            else:
+                yield n, result
+        for n in sorted(suspects):
+            while times[n] < ALONE:
+                result = next(iter(self._crowd(function, arguments, [n])))[1]
+                if not isinstance(result, Lost):
+                    yield n, result
+                    break
+                times[n] += 1
+                if on_kill is not None:
+                    on_kill(n)
+            else:
+                yield n, Lost(times[n])
+
+    def _crowd(
+        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], numbers: Sequence[int]
+    ) -> Iterator[tuple[int, Any]]:
+        """Calls side by side; few are handed out at a time, so that a dying worker takes few with it."""
+        from distributed import KilledWorker, as_completed
+
+        waiting = deque(numbers)
+        running: dict[Any, int] = {}
+        queue = as_completed(loop=self.client.loop, with_results=False, raise_errors=False)
+
+        def hand_out() -> None:
+            while waiting and len(running) < max(1, self._threads()):
+                n = waiting.popleft()
+                future = self.client.submit(function, *arguments[n], pure=False, retries=0)
+                running[future] = n
+                queue.add(future)
+
+        hand_out()
+        try:
+            while running:
+                future = next(queue)
+                n = running.pop(future)
+                if future.status == "error" and isinstance(future.exception(), KilledWorker):
+                    result: Any = Lost(1)
+                else:
+                    result = future.result()
+                del future
+                hand_out()
+                yield n, result
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _threads(self) -> int:
+        info = self.client.scheduler_info(n_workers=-1)["workers"]
+        self._last = sum(w["nthreads"] for w in info.values()) or getattr(self, "_last", 1)
+        return self._last
 
 
 @contextmanager
-def workers(count: int, *, progress: bool) -> Iterator[Map]:
-    """A `Map` over `count` processes (1: this one). The order of the results never depends on `count`.
-
-    An exception of any call ends the work and is raised here; a killed process is a `UserError`.
+def pool(workers: int, scheduler: str | None = None) -> Iterator[Pool]:
+    """A `Pool`: of `workers` processes of one thread each on this machine (0: this process itself), or of the
+    dask cluster at the address `scheduler`.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    pool: ProcessPoolExecutor | None = None
-    if count > 1:
-        os.environ.setdefault(
-            "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1"
-        )  # inherited; the processes are the threads
-        pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-    with Progress(*columns, disable=not progress) as bars:
-
-        def run(title: str, function: Callable[..., R], arguments: Sequence[tuple[Any, ...]]) -> list[R]:
-            task = bars.add_task(title, total=len(arguments))
-            results: list[Any] = [None] * len(arguments)
-            for number, result in _numbered(pool, function, arguments):
-                results[number] = result
-                bars.advance(task)
-            return results
-
-        try:
-            yield run
-        finally:
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _numbered(
-    pool: ProcessPoolExecutor | None, function: Callable[..., R], arguments: Sequence[tuple[Any, ...]]
-) -> Iterator[tuple[int, R]]:
-    if pool is None:
-        yield from ((n, function(*a)) for n, a in enumerate(arguments))
+    fix_threads()
+    if scheduler is None and workers == 0:
+        yield Pool()
         return
-    futures = {pool.submit(function, *a): n for n, a in enumerate(arguments)}
+    import dask
+    from distributed import Client, LocalCluster
+
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # its warnings show arguments, which are paths
+    settings = {
+        "distributed.scheduler.allowed-failures": 0,  # the calls of a killed worker come back at once
+        "distributed.scheduler.worker-saturation": 1.0,
+        "distributed.comm.timeouts.connect": "30s",
+        "distributed.nanny.environ": ONE_THREAD,
+        "distributed.nanny.pre-spawn-environ": {**ONE_THREAD, "MALLOC_TRIM_THRESHOLD_": 65536},
+        "distributed.worker.daemon": True,
+        "distributed.admin.log-length": 0,
+    }
+    with dask.config.set(settings):
+        if scheduler is not None:
+            try:
+                client = Client(scheduler, timeout="20s", set_as_default=False)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"--scheduler {scheduler}: no dask scheduler answers; start one with `dask scheduler`"
+                ) from error
+            with client:
+                _check_cluster(client, scheduler)
+                yield Pool(client)
+            return
+        with (
+            LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                memory_limit=0,  # a scan may take what the machine has; the one too large is retried alone
+                silence_logs=logging.CRITICAL,
+            ) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            client.register_plugin(_worker_setup())
+            yield Pool(client)
+
+
+def _check_cluster(client: Any, scheduler: str) -> None:
+    from importlib.metadata import version
+
+    client.wait_for_workers(1, timeout=300)
+    client.register_plugin(_worker_setup())
+    ours = version("medfm")
     try:
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a working process was killed, most likely for memory; use fewer --workers"
-        ) from error
+        theirs = client.run(version, "medfm")
+    except Exception as error:
+        raise UserError(f"--scheduler {scheduler}: its workers have no medfm installed") from error
+    if other := sorted({v for v in theirs.values() if v != ours}):
+        raise UserError(f"--scheduler {scheduler}: its workers have medfm {other[0]}, here it is {ours}")
+
+
+def _worker_setup() -> Any:
+    """Make every worker, also one started later, quiet and one-threaded, and end it with its parent."""
+    from distributed import WorkerPlugin
+
+    class Setup(WorkerPlugin):
+        name = "medfm-worker-setup"
+
+        def setup(self, worker: Any) -> None:
+            del worker
+            fix_threads("1")
+            logging.getLogger("distributed").setLevel(logging.CRITICAL)
+
+    return Setup()

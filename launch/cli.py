@@ -67,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     _add_shards(
-        commands.add_parser("shards", help="build | verify | inspect | order: raw scans to training shards")
+        commands.add_parser(
+            "shards", help="build | merge | verify | inspect | order: raw scans to training shards"
+        )
     )
 
     for name, what in (("pretrain", "masked autoencoding on shards"),
@@ -161,35 +163,69 @@ def _add_training(p: argparse.ArgumentParser) -> None:
     p.add_argument("--continue-as", metavar="NAME", help="go on with a changed recipe as a new segment")
 
 
+def _add_cluster(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--workers", type=int, metavar="N", help="processes; default: one for each core; 0: without processes"
+    )
+    p.add_argument(
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        help="a running dask.distributed cluster, in place of --workers",
+    )
+
+
 def _add_shards(p: argparse.ArgumentParser) -> None:
-    actions = p.add_subparsers(dest="action", metavar="build|verify|inspect|order", required=True)
+    actions = p.add_subparsers(dest="action", metavar="build|merge|verify|inspect|order", required=True)
     stated = (
         "what you know of each source (labels, subjects, licence, ...) stands in a YAML file: docs/data.md"
     )
-    b = actions.add_parser("build", help="scans to a shard dataset", epilog=stated)
+    b = actions.add_parser("build", help="scans to a shard dataset, or what is new into one", epilog=stated)
     b.add_argument(
-        "sources", nargs="+", metavar="SRC", help="folders and tables (CSV, Parquet), or one YAML file"
+        "sources",
+        nargs="+",
+        metavar="SRC",
+        help="folders, tables (CSV, Parquet) and fsspec addresses (s3://...), or one YAML file",
     )
-    b.add_argument("--out", required=True, metavar="DIR")
+    b.add_argument("--out", required=True, metavar="DIR", help="folder or fsspec address")
     b.add_argument("--root", metavar="DIR", help="folder that the paths in the YAML file start from")
     b.add_argument(
         "--private", metavar="DIR", help="hash key and real paths; default OUT-private, keep it to yourself"
     )
-    b.add_argument("--workers", type=int, default=1, metavar="N")
+    _add_cluster(b)
+    b.add_argument(
+        "--part",
+        metavar="I/N",
+        help="read the I-th of N shares only, as one job of an array; then `shards merge`",
+    )
+    b.add_argument(
+        "--work", metavar="DIR", help="unfinished state, as large as the dataset; default PRIVATE/work"
+    )
+    b.add_argument("--drop-missing", action="store_true", help="remove samples whose inputs are gone")
+    b.add_argument("--retry", action="store_true", help="read inputs again that were refused")
     b.add_argument("--exact", action="store_true", help="store float32 where 16 bits would not be exact")
     b.add_argument("--seed", type=int, help="of the split")
     b.add_argument("--split", metavar="TRAIN,VAL,TEST", help="shares of the subjects; default 0.8,0.1,0.1")
     b.add_argument("--shard-samples", type=int, metavar="N", help="most samples in a shard; default 64")
     b.add_argument("--modality", choices=MODALITIES, help="of images that do not say")
-    b.add_argument("--layout", choices=["auto", "msd", "nnunet", "table", "folder", "dicom"])
+    b.add_argument("--layout", choices=["auto", "msd", "nnunet", "bids", "table", "folder", "dicom"])
     b.add_argument("--spacing", metavar="MM[,MM[,MM]]", help="z,y,x or y,x, of files that state none")
     b.add_argument(
         "--field-mm", type=float, metavar="MM", help="width of a picture whose spacing is not known"
     )
     b.add_argument(
-        "--burned-in", choices=["accept", "quarantine"], help="radiographs that may hold burned-in text"
+        "--burned-in",
+        choices=["accept", "quarantine", "mask"],
+        help="radiographs that may hold burned-in text",
     )
+    b.add_argument("--deface", choices=["mask", "remove"], help="hide or overwrite faces in head scans")
     b.add_argument("--label-origin", choices=["human", "model", "unknown"])
+    m = actions.add_parser("merge", help="complete a dataset of which every part is read")
+    m.add_argument(
+        "parts", nargs="*", metavar="WORK", help="work folders; default: those in the private folder"
+    )
+    m.add_argument("--out", required=True, metavar="DIR", help="folder or fsspec address")
+    m.add_argument("--private", metavar="DIR", help="of the parts; default OUT-private")
+    _add_cluster(m)
     v = actions.add_parser("verify", help="read every byte and compare every checksum")
     v.add_argument("data", metavar="DIR")
     i = actions.add_parser("inspect", help="what a dataset holds; with --key, one sample and its picture")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +19,9 @@ Frame = Literal["index", "ras", "lps"]
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Run the parsed command; `extra` are recipe or source fields. Returns the exit code."""
     if args.command == "shards":
-        return {"build": build, "verify": verify, "inspect": inspect, "order": order}[args.action](
-            args, extra
-        )
+        return {"build": build, "merge": merge, "verify": verify, "inspect": inspect, "order": order}[
+            args.action
+        ](args, extra)
     commands = {
         "pretrain": train,
         "finetune": train,
@@ -56,7 +58,7 @@ def build(args: argparse.Namespace, _: Sequence[str]) -> int:
         changes["exact"] = True
     if args.split:
         changes["split"] = dict(zip(("train", "val", "test"), numbers(args.split, 3, "--split"), strict=True))
-    for name in ("modality", "layout", "burned_in", "field_mm", "label_origin"):
+    for name in ("modality", "layout", "burned_in", "deface", "field_mm", "label_origin"):
         changes[name] = getattr(args, name)
     if args.spacing:
         changes["spacing"] = spacing_of(args.spacing)
@@ -66,12 +68,45 @@ def build(args: argparse.Namespace, _: Sequence[str]) -> int:
         raise UserError(f"{recipes[0]}: give one YAML file, which lists every source, or folders and tables")
     recipe = read_recipe(sources[0] if recipes else sources, Path(args.root) if args.root else None, changes)
     report = build_shards(
-        recipe.sources, Path(args.out), Path(args.private) if args.private else None, workers=args.workers,
+        recipe.sources, args.out, Path(args.private) if args.private else None, workers=_workers(args),
+        scheduler=args.scheduler, part=part_of(args.part), work=Path(args.work) if args.work else None,
         exact=recipe.exact, seed=recipe.seed, split=recipe.split, shard_samples=recipe.shard_samples,
-        level_min_voxels=recipe.level_min_voxels,
+        level_min_voxels=recipe.level_min_voxels, on_leak=recipe.on_leak, drop_missing=args.drop_missing,
+        retry=args.retry,
     )  # fmt: skip
     print(report.text())
     return 0
+
+
+def merge(args: argparse.Namespace, _: Sequence[str]) -> int:
+    """`medfm shards merge [WORK...] --out DIR`."""
+    from data_pipeline.build import merge as merge_parts
+
+    report = merge_parts(
+        args.out, [Path(part) for part in args.parts], Path(args.private) if args.private else None,
+        workers=_workers(args), scheduler=args.scheduler,
+    )  # fmt: skip
+    print(report.text())
+    return 0
+
+
+def part_of(text: str | None) -> tuple[int, int] | None:
+    """`--part 3/16` as (3, 16)."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None:
+        raise UserError(f"--part {text}: give I/N, as 3/16")
+    return int(found.group(1)), int(found.group(2))
+
+
+def _workers(args: argparse.Namespace) -> int:
+    """Processes asked for; by default one for each core that this process may use."""
+    if args.workers is not None:
+        if args.workers < 0:
+            raise UserError(f"--workers {args.workers}: give 0 or more")
+        return int(args.workers)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spacing_of(text: str) -> tuple[float, float, float]:
@@ -86,7 +121,7 @@ def verify(args: argparse.Namespace, _: Sequence[str]) -> int:
     from data_pipeline.verify import verify as verify_shards
 
     damages = verify_shards(
-        Path(args.data), lambda done, total: print(f"\rshard {done}/{total}", end="", flush=True)
+        args.data, lambda done, total: print(f"\rshard {done}/{total}", end="", flush=True)
     )
     print()
     for damage in damages:

@@ -167,7 +167,11 @@ def test_stated_splits_win_and_take_the_subject_along(tmp_path: Path) -> None:
         subject_pattern="^(p[0-9])_",
         splits={"p3_v1*": "test", "p4_v2*": "train", "p4_v1*": "test"},
     )
-    report = build([source], tmp_path / "o", split={"train": 1.0}, progress=False)
+    with pytest.raises(
+        UserError, match=r"1 subjects are stated in two splits, first 'p4'.*on_leak: strictest"
+    ):
+        build([source], tmp_path / "o", split={"train": 1.0}, progress=False)
+    report = build([source], tmp_path / "p", split={"train": 1.0}, on_leak="strictest", progress=False)
     splits = dict(zip(Manifest.open(report.out).column("key"), Manifest.open(report.out).column("split")))
     for entry in index_of(report):
         want = "test" if entry["subject"] in ("p3", "p4") else "train"
@@ -225,7 +229,7 @@ def test_one_strange_file_does_not_end_a_build(tmp_path: Path, monkeypatch: pyte
     report = build(
         [SourceConfig(path=tmp_path / "in", name="a", modality="CT")], tmp_path / "o", progress=False
     )
-    assert (report.samples, report.quarantined) == (2, {"unreadable": 1})
+    assert (report.samples, report.quarantined) == (2, {"unforeseen": 1})
     [line] = (report.out / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["detail"] == "RuntimeError"
     assert "own words" not in line

@@ -24,8 +24,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.geometry import TokenConfig, geometry_of, level_factors
 from data_pipeline.manifest import FORMAT_VERSION, Manifest, write_manifest
 from data_pipeline.order import Order, lanes_of
+from data_pipeline.place import Place
 from data_pipeline.schedule import MixtureConfig
-from data_pipeline.shard_writer import ShardPlan, Staged, write_shard
+from data_pipeline.shard_writer import Piece, ShardPlan, Staged, write_shard
 from data_pipeline.storage import block_mean, chunk_shape, encode
 from data_pipeline.stream import Crop, Stream, open_stream
 
@@ -62,7 +63,7 @@ def stage(root: Path, number: int) -> Staged:
         "classes": ["organ"],
         "foreground": [{"class": 1, "layer": 0, "voxels": [100]}], "valid_fraction": 1.0,
     }  # fmt: skip
-    return Staged(row, {"key": row["key"]}, frames, 1)
+    return Staged(row, {"key": row["key"]}, {name: Piece.of(path) for name, path in frames.items()})
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         rows, entries = [], []
         for first in range(0, 24, 4):
             samples = tuple(stage(folder, n) for n in range(first, first + 4))
-            entry, written = write_shard(ShardPlan(f"train-{first:06d}.tar", samples), folder)
-            entries.append(entry)
-            rows += written
+            shard = write_shard(ShardPlan(f"train-{first:06d}.tar", samples), Place(folder), folder)
+            entries.append(shard.entry)
+            rows += shard.rows
         digest = write_manifest(rows, folder / "manifest.parquet")
         info = {
             "format_version": FORMAT_VERSION,
