@@ -95,17 +95,17 @@ medulloblastomas melanoma membrane membranes meningeal meninges meningioma menin
 mesent mesenteric mesentery mesocolon mesoderm mesorectal mesorectum mesosalpinx mesothelioma mesovarium met
 metacarpal metacarpals metaphysis metastases metastasis metastatic metatarsal metatarsals mets micro
 microaneurysm microbleed microbleeds microcalcifications microhemorrhage mid midbrain middle middleear midline
-minimal minimus minus mitral mitralis mixed mlv mm moderate molar molars mons motor mouth mucinous mucocele
-mucoperiosteum mucosa mucosal multi multifidus multiple musc muscat muscle muscles muscular muscularis
-musculature myelolipoma myeloma myelum mylohyoid myo myocardial myocardium myoma myometrium nac name nares
-naris nasal nasi nasion nasopharyngeal nasopharynx native navicula navicular ncr nd near neck necroses
-necrosis necrotic needle negative neoplasia neoplasm neoplasms neoplastic nerve nerves nervous net netc neural
-neuroblastoma neurohypophysis neuroma neurovascular nevus nigra nipple nipples no nodal node nodes nodular
-nodule nodules non nonenhancing normal nose nostril nostrils not notch nrv nuchal nuclei nucleus oar oars
-object oblique obliquus oblongata obstruction obturator occipital occiput occlusal occlusion ocular odontoid
-odontoma oedema oes oesoph oesophageal oesophagus of olecranon olfactorius olfactory olivary omental omentum
-omohyoid opacities opacity operated operative opercular operculum ophthalmic opt optic optical opticchiasm
-opticnerve opticnervel opticnerver opticnrv or oral oralcavity orbicularis orbit orbital orbitalis
+minimal minimus minus mitral mitralis mixed mlv mm moderate molar molars mons motor mouth mri mucinous
+mucocele mucoperiosteum mucosa mucosal multi multifidus multiple musc muscat muscle muscles muscular
+muscularis musculature myelolipoma myeloma myelum mylohyoid myo myocardial myocardium myoma myometrium nac
+name nares naris nasal nasi nasion nasopharyngeal nasopharynx native navicula navicular ncr nd near neck
+necroses necrosis necrotic needle negative neoplasia neoplasm neoplasms neoplastic nerve nerves nervous net
+netc neural neuroblastoma neurohypophysis neuroma neurovascular nevus nigra nipple nipples no nodal node nodes
+nodular nodule nodules non nonenhancing normal nose nostril nostrils not notch nrv nuchal nuclei nucleus oar
+oars object oblique obliquus oblongata obstruction obturator occipital occiput occlusal occlusion ocular
+odontoid odontoma oedema oes oesoph oesophageal oesophagus of olecranon olfactorius olfactory olivary omental
+omentum omohyoid opacities opacity operated operative opercular operculum ophthalmic opt optic optical
+opticchiasm opticnerve opticnervel opticnerver opticnrv or oral oralcavity orbicularis orbit orbital orbitalis
 orbitofrontal orbits organ organs oropharyngeal oropharynx os ossicle ossicles ossification osteoma osteophyte
 osteosarcoma ostium other outer outflow outline outside ovarian ovaries ovary overlap oviduct ovoid ovoids
 pacemaker palate palatine pallidum pallidus palmar pampiniform panc pancreas pancreatic pancreaticoduodenal
@@ -183,17 +183,17 @@ grey matter | grey white | gross disease | gross target | gross tumor | gross tu
 ground truth | hand bones | hard palate | heart chambers | heschl gyrus | high grade | high risk | hoffa fat |
 hoffa pad | inferior olive | inner ear | islets of langerhans | kidney stone | large bowel | large intestine |
 long axis | long bones | long head | low density | low grade | low risk | lower pole | mamillary bodies |
-mammillary body | meckel cave | middle ear | morison pouch | myocardial wall | nerve bundle | occipital pole |
-pancreas body | pancreatic body | pectoralis major | pectoralis minor | pelvic floor | pouch of douglas |
-psoas major | psoas minor | rectal wall | rectum wall | red nucleus | resection cavity | rhomboid major |
-rhomboid minor | rolandic fissure | rosenmuller fossa | short axis | short head | small bowel |
-small intestine | soft palate | soft tissue | soft tissues | sternum body | stomach body | stomach wall |
+mammillary body | meckel cave | middle ear | morison pouch | mr vertebra | myocardial wall | nerve bundle |
+occipital pole | pancreas body | pancreatic body | pectoralis major | pectoralis minor | pelvic floor |
+pouch of douglas | psoas major | psoas minor | rectal wall | rectum wall | red nucleus | resection cavity |
+rhomboid major | rhomboid minor | rolandic fissure | rosenmuller fossa | short axis | short head | small bowel
+| small intestine | soft palate | soft tissue | soft tissues | sternum body | stomach body | stomach wall |
 superior olive | sylvian fissure | temporal pole | teres major | teres minor | trochanter major |
 trochanter minor | tumor bed | tumour bed | upper pole | uterine body | vaginal cuff | vertebra body |
-vertebral bodies | vertebral body | vessel wall | visual field | waldeyer ring | wall of | wernicke area |
-white matter | white substance
+vertebra mr | vertebral bodies | vertebral body | vessel wall | visual field | waldeyer ring | wall of |
+wernicke area | white matter | white substance
 """
 #: Lower-case words, each of which may stand anywhere.
 WORDS = frozenset(_WORDS.split())
-#: Words that count only together and in this order.
+#: Words that count only together and in this order. (`vertebra` stands for T1 and its like: MR_T1.)
 PHRASES = frozenset(tuple(phrase.split()) for phrase in _PHRASES.split("|"))

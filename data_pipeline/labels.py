@@ -33,13 +33,15 @@ class DicomLabel:
     """One RTSTRUCT or SEG file that refers to the images of a case.
 
     ``regions`` maps each name in the dataset to the ROI or segment numbers that mean it. ``annotator`` counts
-    the files of one case: what two people drew is never merged.
+    the files of one case: what two people drew is never merged. ``instances`` are the SOPInstanceUIDs of the
+    case's images that the file names (they identify: memory only); none: it names the series alone.
     """
 
     kind: Literal["rtstruct", "seg"]
     path: Location
     regions: Mapping[str, tuple[int, ...]]
     annotator: int
+    instances: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from data_pipeline.errors import UserError, shown
 from data_pipeline.layout_described import read_json
 from data_pipeline.layouts import Case, Discovery, label_for, stem
-from data_pipeline.locations import Location, files_below, head, relative
+from data_pipeline.locations import Location, files_below, relative
 from data_pipeline.readers import DICOM, PAIRED, is_image
 from data_pipeline.sources import SourceConfig
 
 TABLES = (".csv", ".tsv", ".parquet")
-MAGIC_AT = 132
 #: Kinds of files beside images, by which they are counted; any other suffix may identify.
 BESIDE = {
     ".json", ".csv", ".tsv", ".txt", ".md", ".xml", ".html", ".pdf", ".doc", ".docx", ".xls", ".xlsx",
@@ -80,7 +79,7 @@ def folder(find: Discovery) -> list[Case]:
         return cases
     from data_pipeline.layout_dicom import dicom_tree  # counts those folders too
 
-    return cases + dicom_tree(find)
+    return cases + dicom_tree(find, count_others=False)
 
 
 def image_files(src: SourceConfig, unreadable: Callable[[], None] = lambda: None) -> list[Location]:
@@ -89,9 +88,9 @@ def image_files(src: SourceConfig, unreadable: Callable[[], None] = lambda: None
 
 
 def claims_dicom(path: Location) -> bool:
-    """Whether a file says that it is DICOM, by its suffix or the ``DICM`` after its preamble."""
-    if path.name.lower().endswith(DICOM):
-        return True
-    if is_image(path) or path.suffix.lower() in BESIDE:
+    """Whether a file says that it is DICOM; files of other known kinds are not opened."""
+    from data_pipeline.readers import dicom_series
+
+    if is_image(path) and not path.name.lower().endswith(DICOM):
         return False
-    return head(path, MAGIC_AT)[MAGIC_AT - 4 :] == b"DICM"
+    return path.suffix.lower() not in BESIDE and dicom_series.claims_dicom(path)

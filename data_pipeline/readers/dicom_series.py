@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from data_pipeline.errors import Quarantined
 from data_pipeline.locations import Location
+from data_pipeline.quiet import quiet_libraries
 from data_pipeline.readers.dicom_kinds import MODALITIES, listed, refusal
 from data_pipeline.readers.dicom_references import References, kind_of, references
 
@@ -64,6 +65,7 @@ class Series:
     frames_of_reference: frozenset[str] = frozenset()
 
 
+@quiet_libraries()
 def scan_headers(paths: tuple[Location, ...]) -> list[Header]:
     """The headers of the DICOM files among ``paths``; other files and DICOMDIRs are left out.
 
