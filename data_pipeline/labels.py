@@ -4,14 +4,16 @@ counted."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from data_pipeline.errors import Quarantined, UserError, shown
-from data_pipeline.locations import Location
+from data_pipeline.locations import Location, fetched
 from data_pipeline.quiet import quiet_libraries
 from data_pipeline.readers import decode
 from data_pipeline.readers.raw import Raw, check_affine
@@ -26,6 +28,7 @@ SAME_GRID = 0.1  # voxels
 MAX_LOST = 0.05
 Placement = Literal["grid", "image", "contours", "resampled"]
 Origin = Literal["human", "model", "unknown"]
+_PLACEMENTS = ("grid", "image", "contours", "resampled")  # from the most to the least direct
 
 
 @dataclass(frozen=True)
@@ -82,28 +85,105 @@ def label_of(
 ) -> tuple[Label | None, list[Quarantined]]:
     """The label of the ``number``-th volume read from a case, and the refusals of labels that do not fit it.
 
-    A label file belongs to volume 0. ``ids`` maps the dataset's label names to ids 1 to 254.
+    A label file belongs to volume 0, an RTSTRUCT or SEG to the volumes made of the images that it names (of
+    a series in time, to the first frame), or to all of its series where it names none. Each file is an
+    annotator of its own: its structures lie in layers of their own. ``ids`` maps the dataset's label names to
+    ids 1 to 254.
     """
-    if number > 0 or case.label is None:
-        return None, []
-    if case.label_regions is None:
+    found: list[Label] = []
+    refused: list[Quarantined] = []
+    if number == 0 and case.label is not None:
+        try:
+            found.append(_of_file(case, source, volume, ids))
+        except Quarantined as error:
+            refused.append(error)
+    own = [label for label in case.dicom_labels if _belongs(label, volume, number)]
+    with fetched([label.path for label in own]) as near:
+        for label in own:
+            try:
+                found.append(_of_dicom(label, near[label.path], source, volume, ids))
+            except Quarantined as error:
+                refused.append(error.at(label.path))
+    return (_together(found, len(refused), source.label_origin) if found else None), refused
+
+
+def _of_file(case: Case, source: SourceConfig, volume: Volume, ids: Mapping[str, int]) -> Label:
+    if case.label is None or case.label_regions is None:
         raise UserError(
             f"{shown(case.label)}: source {source.name!r} has labels but no names; state labels: {{1: name}}"
         )
+    label = read_label(
+        case.label,
+        volume,
+        regions=case.label_regions,
+        ids=ids,
+        ignore=case.ignore,
+        threshold=source.label_threshold,
+        geometry=source.label_geometry,
+        accept_no_form=source.accept_no_form,
+    )
+    return replace(label, annotated=case.annotated)
+
+
+def _belongs(label: DicomLabel, volume: Volume, number: int) -> bool:
+    if int(volume.provenance.get("frame", "0").split()[0]) > 0:
+        return False
+    if not volume.instances:
+        return number == 0
+    return not label.instances or bool(label.instances & volume.instances)
+
+
+def _of_dicom(
+    label: DicomLabel, path: Path, source: SourceConfig, volume: Volume, ids: Mapping[str, int]
+) -> Label:
+    from data_pipeline import dicom_seg, rtstruct
+
+    _check_ids(label.regions, ids)
     try:
-        label = read_label(
-            case.label,
-            volume,
-            regions=case.label_regions,
-            ids=ids,
-            ignore=case.ignore,
-            threshold=source.label_threshold,
-            geometry=source.label_geometry,
-            accept_no_form=source.accept_no_form,
-        )
+        if label.kind == "rtstruct":
+            return rtstruct.place(path, volume, label.regions, ids)
+        return dicom_seg.place(path, volume, label.regions, ids, source.label_threshold)
     except Quarantined as error:
-        return None, [error]
-    return replace(label, annotated=case.annotated, origin=source.label_origin), []
+        if error.code.startswith("label_"):
+            raise
+        raise Quarantined("label_unreadable", f"{error.code} {error.detail}".strip()) from error
+
+
+def _together(found: list[Label], refused: int, stated: Origin) -> Label:
+    """Labels of several annotators, one beside the other."""
+    notes: Counter[str] = Counter()
+    for label in found:
+        notes.update({name: int(count) for name, count in label.notes.items()})
+    if len(found) + refused > 1:
+        notes.update({"label_files": len(found), "label_files_refused": refused})
+    model = any(label.origin == "model" for label in found)
+    return Label(
+        np.concatenate([label.layers for label in found]),
+        tuple(sorted({c for label in found for c in label.classes})),
+        max((label.placed for label in found), key=_PLACEMENTS.index),
+        _worst(label.lost for label in found),
+        _worst(label.volume_change for label in found),
+        tuple(dict.fromkeys(name for label in found for name in label.annotated)),
+        {name: str(count) for name, count in notes.items() if count},
+        stated if stated != "unknown" or not model else "model",
+    )
+
+
+def _worst(shares: Iterable[Mapping[int, float]]) -> dict[int, float]:
+    worst: dict[int, float] = {}
+    for share in shares:
+        for label, value in share.items():
+            worst[label] = max(worst.get(label, 0.0), value, key=abs)
+    return worst
+
+
+def _check_ids(regions: Mapping[str, tuple[int, ...]], ids: Mapping[str, int]) -> None:
+    if missing := set(regions) - set(ids):
+        raise UserError(f"no id for the label names {sorted(missing)}")
+    if any(not 0 < ids[name] < IGNORE for name in regions):
+        raise UserError(
+            f"label ids must be 1 to {IGNORE - 1}: {len(ids)} names are more than a layer of 8 bits can hold"
+        )
 
 
 def layers_of(regions: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -140,12 +220,7 @@ def read_label(
     declaration that cannot hold.
     """
     ids = dict(ids) if ids is not None else {name: n for n, name in enumerate(regions, 1)}
-    if missing := set(regions) - set(ids):
-        raise UserError(f"no id for the label names {sorted(missing)}")
-    if any(not 0 < ids[name] < IGNORE for name in regions):
-        raise UserError(
-            f"label ids must be 1 to {IGNORE - 1}: {len(ids)} names are more than a layer of 8 bits can hold"
-        )
+    _check_ids(regions, ids)
     if threshold is not None and len(regions) != 1:
         raise UserError(f"label_threshold makes one class, but {len(regions)} names are declared")
     try:
@@ -238,7 +313,7 @@ def _place(coded: np.ndarray, raw: Raw, volume: Volume, geometry: str | None) ->
         if shape != volume.source_shape:
             raise Quarantined("label_shape", f"label {shape}, image {volume.source_shape} voxels (z, y, x)")
         layers = np.ascontiguousarray(volume.from_source(coded))
-        return Label(layers, _classes(layers), "image" if geometry == "image" else "grid", {}, {})
+        return Label(layers, classes_of(layers), "image" if geometry == "image" else "grid", {}, {})
 
     check_affine(raw.affine)
     layer = Channel("label", "MR", "arbitrary")
@@ -246,16 +321,16 @@ def _place(coded: np.ndarray, raw: Raw, volume: Volume, geometry: str | None) ->
     if own.shape == volume.shape:
         apart = corner_distance(volume.affine, own.affine, volume.shape)
         if apart <= SAME_GRID:
-            return Label(own.voxels, _classes(own.voxels), "grid", {}, {})
+            return Label(own.voxels, classes_of(own.voxels), "grid", {}, {})
     else:
         apart = np.inf
     if geometry is None and (own.shape == volume.shape or shape == volume.source_shape):
         detail = f"up to {apart:.1f} voxels away" if np.isfinite(apart) else "other axes"
         raise Quarantined("label_geometry", f"{detail}; state label_geometry: image or header")
-    return _resample(own, volume)
+    return resample(own, volume)
 
 
-def _resample(own: Volume, volume: Volume) -> Label:
+def resample(own: Volume, volume: Volume) -> Label:
     """Nearest neighbour in physical space, slice by slice; background outside the label's field."""
     to_label = np.linalg.inv(own.affine) @ volume.affine
     z, y, x = volume.shape
@@ -273,7 +348,7 @@ def _resample(own: Volume, volume: Volume) -> Label:
     ratio = float(np.prod(volume.spacing) / np.prod(own.spacing))
     to_image = np.linalg.inv(volume.affine) @ own.affine
     outside = kept = 0
-    for label in _classes(own.voxels):
+    for label in classes_of(own.voxels):
         _, kz, jy, ix = np.nonzero(own.voxels == label)
         centres = np.stack([ix, jy, kz, np.ones_like(ix)], axis=1) @ to_image.T
         beyond = ((centres[:, :3] < -0.5) | (centres[:, :3] > np.array([x, y, z]) - 0.5)).any(axis=1)
@@ -284,9 +359,9 @@ def _resample(own: Volume, volume: Volume) -> Label:
         raise Quarantined("label_outside", "no overlap")
     if lost and outside / (outside + kept) > MAX_LOST:
         raise Quarantined("label_outside", f"{outside / (outside + kept):.1%} of the labelled voxels")
-    return Label(layers, _classes(layers), "resampled", lost, change)
+    return Label(layers, classes_of(layers), "resampled", lost, change)
 
 
-def _classes(layers: np.ndarray) -> tuple[int, ...]:
+def classes_of(layers: np.ndarray) -> tuple[int, ...]:
     present = np.flatnonzero(np.bincount(layers.ravel(), minlength=256))
     return tuple(int(v) for v in present if v not in (0, IGNORE))
