@@ -28,7 +28,7 @@ from data_pipeline.journal import Journal, Outcome, Refusal, fingerprint, write_
 from data_pipeline.layouts import Case, discover, relative
 from data_pipeline.manifest import FORMAT_VERSION
 from data_pipeline.place import Place
-from data_pipeline.privacy import KeyedHash
+from data_pipeline.privacy import KeyedHash, check_private
 from data_pipeline.sample import Job, Settings, prepare
 from data_pipeline.sources import SourceConfig
 from data_pipeline.splits import FRACTIONS, check_fractions
@@ -88,6 +88,8 @@ def build(
         "level_min_voxels": level_min_voxels,
         "on_leak": on_leak,
     }
+    if work is not None and not place.remote:
+        check_private(Path(place.address), Path(os.path.abspath(work)))  # it holds real paths
     hashes = KeyedHash.open(private)
     journal = Journal(_work(work, private, part))
     with _lock(journal.folder), pool(workers, scheduler) as hands, Progress(progress) as shown:
@@ -231,8 +233,7 @@ def _private(out: str | Path, private: Path | None) -> Path:
     )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out")
-    if chosen.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"the private folder {chosen} must lie outside the dataset {folder}")
+    check_private(folder, chosen)
     return chosen
 
 

@@ -155,11 +155,9 @@ class KeyedHash:
 
 
 def check_private(out: Path, private: Path) -> None:
-    """`UserError` where the private folder is the dataset or lies in it, also by way of a symlink."""
-    inner, outer = private.resolve(), out.resolve()
-    for place in (outer, outer.with_name(outer.name + ".partial")):
-        if inner.is_relative_to(place):
-            raise UserError(f"the private folder {private} must lie outside the dataset {out}")
+    """`UserError` where a folder of real names is the dataset or lies in it, also by way of a symlink."""
+    if private.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"the private folder {private} must lie outside the dataset {out}")
 
 
 def allowed(provenance: Mapping[str, str]) -> dict[str, str]:

@@ -236,7 +236,7 @@ def test_the_form_of_every_note_is_closed(name: str) -> None:
 #: Names that a detail may interpolate without a numeric format, where they are no text of a header.
 CLOSED_WORDS = re.compile(
     r"len\(.*\)|int\(.*\)|round\(.*\)|abs\(.*\)|math\.prod\(.*\)|sum\(.*\)|max\(.*\)|min\(.*\)|"
-    r"type\(\w+\)\.__name__|.*\.(dtype|shape|ndim|size)|.*\.shape\[.*\]|\d+|[A-Z_]+"
+    r"type\(\w+\)\.__name__|.*\.(dtype|shape|ndim|size|itemsize)|.*\.shape\[.*\]|\d+|[A-Z_]+"
 )
 
 
@@ -266,6 +266,20 @@ LOOKED_AT = {
     "high": "HighBit, a number",
     "width": "a number",
     "' '.join(SUFFIXES)": "a constant",
+    "bits": "BitsStored or a sample's size, a number",
+    "places": "a number",
+    "most": "a number",
+    "array.dtype.kind": "one of NumPy's letters",
+    "axes": "letters of NRRD kinds or a number of axes",
+    "version[0]": "a number",
+    "version[1]": "a number",
+    "voxels": "a number",
+    "voxels * dtype.itemsize": "a number",
+    "size": "a number",
+    "leaning": "a number",
+    "what": "image or label",
+    "' or '.join(wanted)": "a constant list of array names",
+    "' and '.join(found)": "of the same list",
     "shape": "numbers",
     "volume.source_shape": "numbers",
     "rows": "a number",

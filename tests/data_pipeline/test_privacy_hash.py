@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import privacy
+from data_pipeline.build import build
 from data_pipeline.errors import REASONS, Quarantined, UserError
 from data_pipeline.privacy import KeyedHash, check_private
+from data_pipeline.sources import SourceConfig
 
 
 def test_the_hash_is_hmac_sha256_and_needs_the_key() -> None:
@@ -107,9 +109,12 @@ def test_the_private_folder_is_never_in_the_dataset(tmp_path: Path) -> None:
             check_private(out, inside)
         with pytest.raises(UserError, match="must lie outside"):
             check_private(tmp_path / "link", inside)
-    with pytest.raises(UserError, match="must lie outside"):
-        check_private(out, tmp_path / "out.partial" / "private")
     check_private(out, tmp_path / "out-private")
+    scans = SourceConfig(path=tmp_path, name="s", modality="CT")
+    for folders in ({"private": tmp_path / "link" / "p"}, {"work": tmp_path / "link" / "w"}):
+        with pytest.raises(UserError, match="must lie outside"):
+            build([scans], out, progress=False, **folders)  # type: ignore[arg-type]
+    assert list(out.iterdir()) == []
 
 
 def test_a_key_is_never_kept_in_any_dataset(tmp_path: Path) -> None:
