@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 #: The closed list. `other`: MR of a kind that is none of these; `unknown`: the header does not say enough.
+#: `ADC` comes from a recipe or a file's name only: derived DICOM maps are refused.
 SEQUENCES: tuple[str, ...] = (
     "T1w",
     "T1w-ce",
@@ -19,6 +20,7 @@ SEQUENCES: tuple[str, ...] = (
     "FLAIR",
     "STIR",
     "DWI",
+    "ADC",
     "BOLD",
     "PWI",
     "MRA",
