@@ -232,20 +232,12 @@ class _LabelNames:
         self.known: dict[str, str] = {}
 
     def public(self, case: Case) -> Case:
-        found = case.label_regions
-        if not found and case.label_values:
-            found = {
-                n: tuple(v for v, m in case.label_values.items() if m == n)
-                for n in case.label_values.values()
-            }
-        if not found:
-            return case
         regions: dict[str, tuple[int, ...]] = {}
-        for name, values in found.items():
+        for name, values in (case.label_regions or {}).items():
             own = self._name(name)
             regions[own] = tuple(dict.fromkeys((*regions.get(own, ()), *values)))
-        named = {v: self._name(n) for v, n in case.label_values.items()} if case.label_values else None
-        return replace(case, label_regions=regions, label_values=named)
+        named = {v: self._name(n) for v, n in (case.label_values or {}).items() if v != 0}
+        return replace(case, label_regions=regions or None, label_values=named or None)
 
     def _name(self, name: str) -> str:
         if name not in self.known:
