@@ -62,6 +62,7 @@ class Place:
         if not self.remote:
             return (Path(self.address) / name).open("rb")
         fs, root = self._remote()
+        fs.invalidate_cache(root)  # others may have written since it was listed
         return cast("BinaryIO", fs.open(f"{root}/{name}", "rb"))
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
