@@ -117,3 +117,15 @@ def test_a_flipped_byte_in_the_bucket_is_found(s3: Any, local: Path, tmp_path: P
 def test_an_address_nobody_knows(tmp_path: Path, local: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         build([source(local)], "nowhere://x/y", tmp_path / "p", progress=False)
+
+
+def test_a_store_that_does_not_answer(tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(UserError, match=r"s3://scans/x: cannot be reached|s3://scans/x") as caught:
+        build([source(local)], "s3://scans/x", tmp_path / "p", progress=False)
+    fsspec.filesystem("s3").clear_instance_cache()
+    assert "\n" not in str(caught.value)
+    assert "testing" not in str(caught.value)
