@@ -176,9 +176,8 @@ def local_case(case: Case) -> Iterator[Case]:
         return
     if case.files:  # the series' folder is its name only
         wanted = [path for path in wanted if path not in case.images or path in case.files]
-    wanted = [path for path in wanted if _exists(path)]
     with fetched([*wanted, *(c for path in wanted for c in companions(path))]) as local:
-        if case.files:
+        if case.files and case.files[0] in local:
             local = {**dict.fromkeys(case.images, local[case.files[0]].parent), **local}
         yield replace(
             case,
@@ -308,6 +307,12 @@ def _declare(src: SourceConfig, case: Case, names: _LabelNames) -> Case:
             )
         annotated = stated
     split = src.split_of(rel) or case.split
+    known = {"train", "val", "test", *(src.split or ()), *(src.splits or {}).values()}
+    if split is not None and split not in known:  # it becomes part of file names: no table's own words
+        raise UserError(
+            f"{shown(case.images[0])}: split {shown(split)!r} is none of {', '.join(sorted(known))}; "
+            "name it in split or splits of the source"
+        )
     if split is not None and not split.isalnum():
         raise UserError(
             f"{shown(case.images[0])}: split {split!r}: a split is named by letters and digits, like train"

@@ -31,6 +31,8 @@ def block_means(voxels: np.ndarray, levels: Sequence[Sequence[int]]) -> list[np.
 
     The factors of a level are multiples of those of the level before it, whose sums it adds up.
     """
+    if not levels:
+        return []
     sizes = [level_shape(voxels.shape[1:], factors) for factors in levels]
     steps = [
         tuple(f // g for f, g in zip(factors, before))

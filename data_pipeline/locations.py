@@ -118,7 +118,7 @@ def fetched(paths: Iterable[Location]) -> Iterator[dict[Location, Path]]:
     """Local paths for files: themselves, or copies in a temporary folder that goes when the block ends.
 
     Copies keep their names and their folders (two files of one name stay apart). A remote folder comes with
-    every file below it. Raises `FileNotFoundError` where a file is not there and `UserError` where the store
+    every file below it; a remote file that is not there is left out. Raises `UserError` where the store
     cannot be reached.
     """
     wanted = list(dict.fromkeys(paths))
@@ -131,21 +131,30 @@ def fetched(paths: Iterable[Location]) -> Iterator[dict[Location, Path]]:
         folders: dict[str, Path] = {}
         for path in remote:
             parent = folders.setdefault(_text(path.parent), Path(folder) / str(len(folders)))
-            local[path] = _fetch(path, parent / path.name)
+            if _fetch(path, parent / path.name):
+                local[path] = parent / path.name
         yield local
 
 
-def _fetch(path: Location, target: Path) -> Path:
+def _fetch(path: Location, target: Path) -> bool:
+    """Copy a remote file, or a folder with all below it; whether there was anything."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with store_errors(path):
-        if path.is_dir():
-            target.mkdir(exist_ok=True)
-            for file in files_below(path):
-                _fetch(file, target / relative(file, path))
-            return target
-        with path.open("rb") as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, PIECE)
-    return target
+        try:
+            with path.open("rb") as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink, PIECE)
+            if target.stat().st_size:
+                return True
+            there = True  # an empty file, or a folder that the store opens as one
+        except (FileNotFoundError, IsADirectoryError):
+            there = False
+        if not path.is_dir():
+            return there
+        target.unlink(missing_ok=True)
+        target.mkdir()
+        for file in files_below(path):
+            _fetch(file, target / relative(file, path))
+    return True
 
 
 def _remote_files(root: Location) -> list[Location]:

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from data_pipeline.manifest import FORMAT_VERSION
 from data_pipeline.privacy import allowed
 from data_pipeline.shard_writer import Staged
 from data_pipeline.sources import SourceConfig
-from data_pipeline.storage import INVALID, block_mean, chunk_shape, encode, level_shape, quantise
+from data_pipeline.storage import INVALID, block_means, chunk_shape, encode, level_shape, quantise
 from data_pipeline.volume import Volume
 
 #: What was done to an input that a person should hear of: entries of a volume's provenance or a label's
@@ -192,16 +193,17 @@ def _stage(
         )
     key = job.key if frame == 0 else f"{job.key}f{frame}"
     kind, axes = _geometry(volume, job.source.geometry)
-    norms = statistics(volume)
     stored = quantise(volume.voxels, volume.slope, volume.intercept, volume.invalid, exact=settings.exact)
+    norms = statistics(volume, stored)
     arrays = {"image": stored.voxels}
     visible = stored.voxels if hidden is None else _hide(stored.voxels, hidden)
     factors = level_factors(kind, axes)
-    for name, factor in (("l1", factors[1]), ("l2", factors[2])):
-        before = factors[1] if name == "l2" else factors[0]
-        if math.prod(level_shape(volume.shape, before)) <= settings.level_min_voxels:
-            break
-        arrays[name] = block_mean(visible, factor)
+    reduced = [  # a level is worth its bytes where the one before it is still large
+        factor
+        for before, factor in pairwise(factors)
+        if math.prod(level_shape(volume.shape, before)) > settings.level_min_voxels
+    ]
+    arrays |= dict(zip(("l1", "l2"), block_means(visible, reduced)))
     if label is not None:
         arrays["seg"] = label.layers
     if hidden is not None:

@@ -343,9 +343,9 @@ def decode_all(
     """Like `decode`, every acquisition of a DICOM series (any other file is one)."""
     try:
         if is_remote(path):
-            if not path.exists():
-                raise Quarantined("missing")
             with fetched([path, *companions(path)]) as local:
+                if path not in local:
+                    raise Quarantined("missing")
                 near = local[path]
                 if _is_dicom(near):
                     return _decode_dicom(near, series, accept_secondary, shear, voi_lut)

@@ -292,8 +292,9 @@ def _table(item: Dataset, ds: Dataset) -> tuple[np.ndarray, int]:
         data = item.LUTData
         if isinstance(data, bytes):
             order = "<" if ds.file_meta.TransferSyntaxUID.is_little_endian else ">"
-            packed = bits == 8 and len(data) < 2 * (entries or 65536)  # two entries a word
-            data = np.frombuffer(data, "u1" if packed else f"{order}u2")
+            packed = bits == 8 and len(data) < 2 * (entries or 65536)  # two entries a word, the lower first
+            data = np.frombuffer(data, f"{order}u2").astype("<u2")
+            data = data.view("u1") if packed else data
         table = np.asarray(data).astype(np.uint16)[: entries or 65536]
     except (AttributeError, TypeError, ValueError) as error:
         raise Quarantined("unreadable", "a damaged lookup table") from error

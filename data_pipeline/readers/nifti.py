@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import Quarantined
+from data_pipeline.readers.gunzip import read_array
 from data_pipeline.readers.raw import DEFLATE, Raw, check_size
 from data_pipeline.volume import corner_distance
 
@@ -38,8 +39,12 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
             raise Quarantined("unsupported_format", "an Analyze header without NIfTI geometry")
         dtype = header.get_data_dtype()
         _check_size(path, header, dtype)
-        data = np.asanyarray(image.dataobj.get_unscaled())
-        slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
+        voxels = image.dataobj
+        if path.name.lower().endswith(".nii.gz"):
+            data = read_array(path, voxels.offset, voxels.shape, voxels.dtype)
+        else:
+            data = np.asanyarray(voxels.get_unscaled())
+        slope, intercept = float(voxels.slope), float(voxels.inter)
         unit = header.get_xyzt_units()[0]
         zooms = header.get_zooms()
         intent = int(header["intent_code"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import gdcm
@@ -12,7 +13,6 @@ from dicom_files import ORIGIN, dataset, enhanced
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.pixels import get_decoder
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -48,6 +48,17 @@ ENCODED = {
     "JPEG 2000": (gdcm.TransferSyntax.JPEG2000, ("uint8", "uint12")),
     "RLE": (gdcm.TransferSyntax.RLELossless, ("uint8", "uint12", "uint16", "int16")),
 }
+#: `smooth("uint12", (16, 24))`, encoded by OpenJPH: nothing installed here writes HTJ2K.
+HTJ2K = """
+/0//UQApQAAAAAAYAAAAEAAAAAAAAAAAAAAAGAAAABAAAAAAAAAAAAABDwEB/1AACAACAAAACv9SAAwAAgABAAUEBEAB/1wAEyCI
+kJCQkJCQkJCQkJCQiIiI/2QAFwABT3BlbkpQSCBWZXIgMC4yNi4zLv+QAAoAAAAAAaYAAf+TwAAmw+kFB3QAwAASgJ0CB3QAwAAT
+QAATwAASgD79Awd0AClZ6AMBdAAhAwd0AMAAFdAABXQAAVrSFfImONXR/QCCAXi2AEZYCqLC18bAACIBv5YAeoLYcWM17ABiA362
+AMAAF0UAAF0cAAFrAHpqNAQu/nBekfY8PWaTAfjD1+NyscPDV1oAA0QLBCACuQCCYEMoOZx5KASyEyAorcFFEMQdgBIRCPAABIER
+QIhAIgK7ACYFEjM/paADNiBEDeAAz7kUDi2CuQDAAC9YgABeoQAAtwDSMUYADuMwAICMUnPGVxy2ToxiejpL0IJssySHGE+TfrvW
+I26ANBx55ZVGzhBwwixbUlxRNaevkULqFUOQCPEw5gBKUlBVJSR8AA14IF5oARZZkUakMrcBAOCcG4GMEYzMEd/3GaCIoafAckkd
+MtF5X69MGdQEXg4kD+YSwhMMSFD9YGtgFcAhkBEMEdwDEBTBGQD6EYgOce19htqxjAgykt1UUZJamwEABACm/g8akAAMo5fRy0P9
+sKZX5HOybpFpy5QB/9k=
+"""
 LOSSY = ("JPEG baseline", "JPEG extended, 12 bit", "JPEG-LS near-lossless", "JPEG 2000")
 
 
@@ -158,8 +169,14 @@ def test_frames_of_an_enhanced_object_in_fragments(tmp_path: Path, offsets: bool
     np.testing.assert_array_equal(raw.frames[0], array[[2, 1, 3, 0]])
 
 
-def test_htj2k_has_a_decoder() -> None:
-    assert get_decoder(HTJ2KLossless).is_available
+def test_htj2k_is_read(tmp_path: Path) -> None:
+    expected = smooth("uint12", (16, 24))
+    ds = plain("uint12", expected)
+    ds.file_meta.TransferSyntaxUID = HTJ2KLossless
+    ds.PixelData = encapsulate([base64.b64decode(HTJ2K)])
+    ds["PixelData"].is_undefined_length = True
+    ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(decode_all(tmp_path / "a.dcm")[0].frames[0, 0], expected)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def write_itk(root: Path) -> None:
         f"NRRD0005\n# {SENTENCE}\n# {ADDRESS}\ncontent: {NAME}\ntype: int16\ndimension: 3\n"
         f"space: left-posterior-superior\nsizes: 20 18 9\nspace directions: (0.9,0,0) (0,0.8,0) (0,0,2)\n"
         f"space origin: (0,0,0)\nendian: little\nencoding: raw\nsample units: {FAMILY}\n"
-        f'space units: "{GIVEN}" "{FAMILY}" "mm"\nlabels: "{NAME}" "{DATE}" "{PATIENT}"\n'
+        f'space units: "mm" "mm" "mm"\nlabels: "{NAME}" "{DATE}" "{PATIENT}"\n'
         f"PatientName:={NAME}\n{FAMILY}:={DATE}\nLatin:={LATIN}\n\n"
     )
     put(root / FOLDER / f"{NAME}.nrrd", fields.encode("latin-1") + raw + SENTENCE.encode())
