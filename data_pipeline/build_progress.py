@@ -18,7 +18,7 @@ class Progress:
         from rich.progress import Progress as Bars
 
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[rate]}"),
         )  # fmt: skip
         self._live = shown and sys.stdout.isatty()
@@ -36,10 +36,12 @@ class Progress:
 
     def stage(self, title: str, total: int | None = None, done: int = 0) -> None:
         """Begin a stage; `done` of its `total` steps were done by an earlier call."""
+        if self._task is not None and self._total is None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(title, total=total, completed=done, rate="")
         self._title, self._total, self._start = title, total, done
         self._done, self._bytes, self._refused = done, 0, 0
         self._began = self._told = time.monotonic()
-        self._task = self._bars.add_task(title, total=total, completed=done, rate="")
         if self._lines and total is None:
             print(f"{title} ...", flush=True)
         elif self._lines and done:

@@ -16,6 +16,26 @@ from data_pipeline.errors import UserError
 PARTIAL = ".partial"
 
 
+class _Asking:
+    """A file system whose clients' own exceptions (no credentials, no such host) are OSError."""
+
+    def __init__(self, fs: Any, address: str) -> None:
+        self._fs, self._address = fs, address
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._fs, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            try:
+                return method(*args, **more)
+            except (OSError, TypeError):
+                raise
+            except Exception as error:  # botocore and others have trees of their own
+                raise OSError(None, f"cannot be reached ({type(error).__name__})", self._address) from error
+
+        return call
+
+
 class Place:
     """A folder of files, by name. Picklable, so that workers may hold one."""
 
@@ -62,6 +82,7 @@ class Place:
         if not self.remote:
             return (Path(self.address) / name).open("rb")
         fs, root = self._remote()
+        fs.invalidate_cache(root)  # others may have written since it was listed
         return cast("BinaryIO", fs.open(f"{root}/{name}", "rb"))
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -127,18 +148,19 @@ class Place:
             return
         Path(self.path(name)).unlink(missing_ok=True)
 
-    def _remote(self) -> tuple[Any, str]:
+    def _remote(self) -> tuple[_Asking, str]:
         import fsspec
 
         if self._fs is None:
             try:
-                self._fs = fsspec.core.url_to_fs(self.address)
+                fs, root = fsspec.core.url_to_fs(self.address)
+                self._fs = _Asking(fs, self.address), root
             except (ImportError, ValueError) as error:
                 protocol = self.address.split("://")[0]
                 raise UserError(
                     f"{protocol}:// addresses need a package that is not installed or are not known ({error})"
                 ) from error
-        return cast("tuple[Any, str]", self._fs)
+        return cast("tuple[_Asking, str]", self._fs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"address": self.address}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,19 +168,31 @@ def pool(workers: int, scheduler: str | None = None) -> Iterator[Pool]:
                 _check_cluster(client, scheduler)
                 yield Pool(client)
             return
-        with (
-            LocalCluster(
+        with _deaf_children():
+            cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
                 processes=True,
                 dashboard_address=None,
                 memory_limit=0,  # a scan may take what the machine has; the one too large is retried alone
                 silence_logs=logging.CRITICAL,
-            ) as cluster,
-            Client(cluster, set_as_default=False) as client,
-        ):
+            )
+        with cluster, Client(cluster, set_as_default=False) as client:
             client.register_plugin(_worker_setup())
             yield Pool(client)
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started at the beginning of the block do not hear Ctrl-C; this one hears it a moment later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def _check_cluster(client: Any, scheduler: str) -> None:
@@ -205,6 +219,7 @@ def _worker_setup() -> Any:
         def setup(self, worker: Any) -> None:
             del worker
             fix_threads("1")
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started the build
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
 
     return Setup()
