@@ -72,9 +72,14 @@ def sequence_of(name: str) -> str | None:
 
 
 def channel_name(name: str, number: int) -> str:
-    """The name itself if it consists of known words and small numbers, else ``channel_N``."""
+    """The name itself if it consists of known words and at most one small number (three make a date), else
+    ``channel_N``."""
     known = set().union(*MODALITIES.values(), CONTRAST, OTHERS)
     words = words_of(name)
-    fits = all(w in known or _B_VALUE.fullmatch(w) or re.fullmatch(r"\d{1,2}", w) for w in words)
+    others = re.findall(r"[a-z0-9]+", name.lower().replace("x-ray", "xray"))
+    others = [w for w in others if w not in known]
+    fits = not others or (
+        len(others) == 1 and (_B_VALUE.fullmatch(others[0]) or re.fullmatch(r"\d{1,2}", others[0]))
+    )
     plain = re.fullmatch(r"[A-Za-z0-9 _.+*-]{1,40}", name) is not None
     return name if words and fits and plain else f"channel_{number}"

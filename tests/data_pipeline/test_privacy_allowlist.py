@@ -21,7 +21,10 @@ from pydicom import DataElement, Dataset, Sequence
 from pydicom.datadict import DicomDictionary, dictionary_VR, keyword_dict, tag_for_keyword
 
 import data_pipeline
+from data_pipeline.channel_words import channel_name
+from data_pipeline.label_names import allowed_name, public_name
 from data_pipeline.privacy import BODY_PARTS, CODES, NOTES, NUMBERS, VENDORS, allowed, technical_fields
+from data_pipeline.sources import SourceConfig
 
 #: Attributes of the profile that are kept all the same, and the option of PS3.15 E.3 that covers each.
 KEPT_BY_OPTION = {"PatientAge": "Retain Patient Characteristics"}
@@ -301,3 +304,18 @@ def test_details_of_refusals_hold_figures_and_closed_words() -> None:
         if not CLOSED_WORDS.fullmatch(text) and text not in LOOKED_AT
     ]
     assert not unknown, "look at these, then list them in LOOKED_AT or give them a numeric format"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Zyxquorth", "T1 Zyxquorth", "31.12.47", "t1 31 12 47", "b1947 b1231", "CT 19471231", "QX7741903ZR",
+        "t1_1947-12-31", "Liver^Zyxquorth", "ct 47 12", "DWI b1000 7741",
+    ],
+)  # fmt: skip
+def test_names_of_channels_and_structures_hold_no_dates_or_names(name: str) -> None:
+    """What a file calls a channel or a structure is taken only where every word of it is known."""
+    assert channel_name(name, 3) == "channel_3"
+    assert allowed_name(name) is None
+    hashed = public_name(name, SourceConfig(path=Path("x"), name="s"), lambda text: "0123456789abcdef")
+    assert hashed == "roi_0123456789ab"
