@@ -9,10 +9,11 @@ from data_pipeline.errors import UserError, shown
 from data_pipeline.layout_described import read_json
 from data_pipeline.layouts import Case, Discovery, label_for, stem
 from data_pipeline.locations import Location, files_below, relative
-from data_pipeline.readers import DICOM, PAIRED, is_image
+from data_pipeline.readers import DICOM, is_image
 from data_pipeline.sources import SourceConfig
 
 TABLES = (".csv", ".tsv", ".parquet")
+HEADERS = (".hdr", ".mhd", ".nhdr")  # beside which a file of voxels lies
 #: Kinds of files beside images, by which they are counted; any other suffix may identify.
 BESIDE = {
     ".json", ".csv", ".tsv", ".txt", ".md", ".xml", ".html", ".pdf", ".doc", ".docx", ".xls", ".xlsx",
@@ -62,7 +63,7 @@ def folder(find: Discovery) -> list[Case]:
             dicom = True
             continue
         if not is_image(path):
-            if not path.name.lower().endswith(PAIRED):
+            if not any(path.with_suffix(header) in label_of for header in HEADERS):
                 suffix = path.suffix.lower()
                 find.count(f"files that are no image: {suffix if suffix in BESIDE else 'other'}")
             continue

@@ -21,6 +21,7 @@ from pydantic import (
 from upath import UPath
 
 from data_pipeline.locations import location
+from data_pipeline.sequences import SEQUENCES
 from data_pipeline.volume import Modality, Triple, Units
 
 
@@ -121,6 +122,14 @@ class SourceConfig(BaseModel):
     def _one_group(cls, value: str | None) -> str | None:
         if value is not None and re.compile(value).groups != 1:
             raise ValueError("needs exactly one group ( ), which is the subject")
+        return value
+
+    @field_validator("sequence")
+    @classmethod
+    def _known_sequence(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        stated = value.values() if isinstance(value, dict) else [value] if value is not None else []
+        if unknown := set(stated) - set(SEQUENCES):
+            raise ValueError(f"sequence {min(unknown)!r} is none of {' '.join(SEQUENCES)}")
         return value
 
     @field_validator("spacing")

@@ -313,13 +313,17 @@ def test_a_mixed_folder_gives_its_dicom_series_and_its_other_images(tmp_path: Pa
     nifti(tmp_path / "a.nii.gz")
     (tmp_path / "b.dcm").write_bytes(b"\0" * 128 + b"DICM")
     (tmp_path / "c").write_bytes(b"\0" * 128 + b"DICM")
-    for name in ("notes.txt", "more.txt", "x.smithjohn", "._a.nii.gz"):
+    for name in ("notes.txt", "more.txt", "x.smithjohn", "._a.nii.gz", "alone.img"):
         (tmp_path / name).write_text("Smith, John")
     notes: Counter[str] = Counter()
     cases = discover(SourceConfig(path=tmp_path, modality="MR"), notes=notes)
     assert [c.images[0].name for c in cases] == ["a.nii.gz", "b.dcm", "c"]
     assert [c.refused.code if c.refused else None for c in cases] == [None, "unreadable", "unreadable"]
-    assert notes == {"files that are no image: .txt": 2, "files that are no image: other": 1}
+    assert notes == {
+        "files that are no image: .txt": 2,
+        "files that are no image: .img": 1,
+        "files that are no image: other": 1,
+    }
     with pytest.raises(UserError, match="state modality"):
         discover(SourceConfig(path=tmp_path))
     refused = discover(SourceConfig(path=tmp_path, layout="dicom"))
