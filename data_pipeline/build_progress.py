@@ -26,6 +26,7 @@ class Progress:
 
         self._bars = Bars(*columns, disable=not self._live, transient=False)
         self._task: Any = None
+        self._total: int | None = None
 
     def __enter__(self) -> Progress:
         self._bars.start()
