@@ -295,14 +295,24 @@ def _coded(
     if present[0] >= 0 and present[-1] < 1 << 16:
         dense = np.zeros((len(table), present[-1] + 1), np.uint8)
         dense[:, present] = table
-        return dense[:, values]
+        coded = np.empty((len(table), *values.shape), np.uint8)
+        coded[...] = dense[:, 0].reshape(-1, 1, 1, 1)
+        for z, plane in enumerate(values):  # most voxels of most labels are 0
+            where = np.flatnonzero(plane)
+            coded[:, z].reshape(len(table), -1)[:, where] = dense[:, plane.ravel()[where]]
+        return coded
     return table[:, np.searchsorted(present, values)]
 
 
 def _unique(values: np.ndarray) -> list[int]:
     low, high = int(values.min()), int(values.max())
     if low >= 0 and high < 1 << 16:
-        return [int(v) for v in np.flatnonzero(np.bincount(values.ravel(), minlength=1))]
+        seen = np.zeros(high + 1, bool)
+        for plane in values:
+            rest = plane[plane != 0]
+            seen[rest] = True
+            seen[0] |= rest.size < plane.size
+        return [int(v) for v in np.flatnonzero(seen)]
     return [int(v) for v in np.unique(values)]
 
 
@@ -363,5 +373,5 @@ def resample(own: Volume, volume: Volume) -> Label:
 
 
 def classes_of(layers: np.ndarray) -> tuple[int, ...]:
-    present = np.flatnonzero(np.bincount(layers.ravel(), minlength=256))
-    return tuple(int(v) for v in present if v not in (0, IGNORE))
+    present = _unique(layers.reshape(-1, *layers.shape[-2:])) if layers.size else []
+    return tuple(v for v in present if v not in (0, IGNORE))

@@ -424,17 +424,17 @@ def _separate_invalid(
     units: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Mark what is no measurement, and put the channel's lowest valid value there."""
+    limits = [
+        _padding_limit(voxels.dtype, slope, intercept) if (modality, unit) == ("CT", "HU") else None
+        for modality, unit in zip(modalities, units)
+    ]
+    if padding is None and all(_all_measured(c, limit, slope) for c, limit in zip(voxels, limits)):
+        return voxels, None
     invalid = np.zeros(voxels.shape, bool) if padding is None else padding.copy()
     if voxels.dtype.kind == "f":
         invalid |= ~np.isfinite(voxels)
-    for n, (modality, unit) in enumerate(zip(modalities, units)):
-        if modality == "CT" and unit == "HU":
-            limit = (CT_PADDING_BELOW - intercept) / slope
-            if (
-                voxels.dtype.kind != "f"
-            ):  # a whole number in range keeps the comparison in the voxels' own dtype
-                info = np.iinfo(voxels.dtype)
-                limit = int(np.clip(np.ceil(limit) if slope > 0 else np.floor(limit), info.min, info.max))
+    for n, limit in enumerate(limits):
+        if limit is not None:
             with np.errstate(invalid="ignore"):
                 invalid[n] |= voxels[n] < limit if slope > 0 else voxels[n] > limit
     if not invalid.any():
@@ -449,8 +449,26 @@ def _separate_invalid(
             if slope > 0
             else voxels[n][valid].max()
         )
-        voxels[n][invalid[n]] = lowest
+        np.copyto(voxels[n], lowest, where=invalid[n])
     return voxels, invalid
+
+
+def _padding_limit(dtype: np.dtype, slope: float, intercept: float) -> float:
+    """The stored value of `CT_PADDING_BELOW`; of integers a whole number in range, which keeps the comparison
+    in their own dtype."""
+    limit = (CT_PADDING_BELOW - intercept) / slope
+    if dtype.kind == "f":
+        return limit
+    info = np.iinfo(dtype)
+    return int(np.clip(np.ceil(limit) if slope > 0 else np.floor(limit), info.min, info.max))
+
+
+def _all_measured(channel: np.ndarray, limit: float | None, slope: float) -> bool:
+    """Whether every voxel is finite and none is padding, without a mask."""
+    lowest, highest = channel.min(), channel.max()
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        return False
+    return limit is None or bool(lowest >= limit if slope > 0 else highest <= limit)
 
 
 def _highest(dtype: np.dtype) -> float | int:

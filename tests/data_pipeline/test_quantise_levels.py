@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from data_pipeline import labels, readers
 from data_pipeline import quantise as module
+from data_pipeline.errors import Quarantined
 from data_pipeline.geometry import level_factors
 from data_pipeline.levels import block_mean, block_means, level_shape
 from data_pipeline.quantise import HIGHEST, INVALID, LOWEST, invalid_of, quantise
@@ -186,3 +188,50 @@ def test_levels_of_floats(shape: tuple[int, ...], seed: int, holes: float, slab:
 def test_levels_go_up_in_whole_steps() -> None:
     with pytest.raises(ValueError, match="multiples"):
         block_means(np.zeros((1, 6, 6, 6), np.int16), [(2, 2, 2), (3, 3, 3)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=5), elements=st.integers(0, 4)),
+    st.sampled_from([np.uint8, np.uint16, np.int32]),
+    st.sampled_from([frozenset(), frozenset({0}), frozenset({3})]),
+)
+def test_coded_labels_equal_a_look_up_of_every_voxel(
+    values: np.ndarray, dtype: type, ignore: frozenset[int]
+) -> None:
+    regions = {"whole": (1, 2), "part": (2,), "other": (4, 3)}
+    coded = labels._coded(values.astype(dtype), regions, {"whole": 7, "part": 8, "other": 9}, ignore)
+    first = {0: 0, 1: 7, 2: 7, 3: 9, 4: 9} | dict.fromkeys(ignore, 255)
+    second = {0: 0, 1: 0, 2: 8, 3: 0, 4: 0} | dict.fromkeys(ignore, 255)
+    expected = np.stack([np.vectorize(table.get)(values) for table in (first, second)])
+    np.testing.assert_array_equal(coded, expected)
+    assert labels.classes_of(coded) == tuple(v for v in np.unique(expected).tolist() if v not in (0, 255))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    images(),
+    st.sampled_from([(1.0, 0.0), (0.5, -1024.0), (-1.0, 30.0), (1.0, -32768.0)]),
+    st.sampled_from(["CT", "MR"]),
+)
+def test_what_is_no_measurement_equals_a_mask_of_every_voxel(
+    image: tuple[np.ndarray, np.ndarray | None], scale: tuple[float, float], modality: str
+) -> None:
+    voxels, padding = image
+    c = len(voxels)
+    real = voxels.astype(np.float64) * scale[0] + scale[1]
+    expected = ~np.isfinite(real)
+    if padding is not None:
+        expected |= padding
+    if modality == "CT":
+        expected |= real < readers.CT_PADDING_BELOW
+    arguments = (voxels, padding, [modality] * c, *scale, ["HU" if modality == "CT" else "arbitrary"] * c)
+    if expected.all(axis=(1, 2, 3)).any():
+        with pytest.raises(Quarantined):
+            readers._separate_invalid(*arguments)
+        return
+    got, invalid = readers._separate_invalid(*arguments)
+    np.testing.assert_array_equal(np.zeros(voxels.shape, bool) if invalid is None else invalid, expected)
+    for channel, bad, source in zip(got.astype(np.float64) * scale[0] + scale[1], expected, real):
+        assert (channel[bad] == source[~bad].min()).all()
+        np.testing.assert_array_equal(channel[~bad], source[~bad])
