@@ -101,6 +101,8 @@ def label_of(
     with fetched([label.path for label in own]) as near:
         for label in own:
             try:
+                if label.path not in near:  # a remote file that has gone
+                    raise Quarantined("label_unreadable", "missing")
                 found.append(_of_dicom(label, near[label.path], source, volume, ids))
             except Quarantined as error:
                 refused.append(error.at(label.path))

@@ -119,7 +119,7 @@ def read_case(case: Case, src: SourceConfig, seed: int = 0) -> list[Volume]:
     axis, or several acquisitions of a DICOM series. Remote files are fetched for the time of the call."""
     if case.refused is not None:
         raise case.refused
-    with local_case(case) as near:
+    with local_case(replace(case, label=None, dicom_labels=())) as near:
         volumes = _read_local(near, src, seed)
     if not case.sequence:
         return volumes
@@ -177,15 +177,20 @@ def local_case(case: Case) -> Iterator[Case]:
     if case.files:  # the series' folder is its name only
         wanted = [path for path in wanted if path not in case.images or path in case.files]
     with fetched([*wanted, *(c for path in wanted for c in companions(path))]) as local:
+        addresses: dict[object, Location] = {near: far for far, near in local.items()}
         if case.files and case.files[0] in local:
             local = {**dict.fromkeys(case.images, local[case.files[0]].parent), **local}
-        yield replace(
-            case,
-            images=tuple(local.get(path, path) for path in case.images),
-            files=tuple(local.get(path, path) for path in case.files) if case.files else case.files,
-            label=None if case.label is None else local.get(case.label, case.label),
-            dicom_labels=tuple(replace(d, path=local.get(d.path, d.path)) for d in case.dicom_labels),
-        )
+        try:
+            yield replace(
+                case,
+                images=tuple(local.get(path, path) for path in case.images),
+                files=tuple(local.get(path, path) for path in case.files) if case.files else case.files,
+                label=None if case.label is None else local.get(case.label, case.label),
+                dicom_labels=tuple(replace(d, path=local.get(d.path, d.path)) for d in case.dicom_labels),
+            )
+        except Quarantined as error:  # named by its address: the copy is gone when a person reads it
+            where = addresses.get(error.path, case.images[0])
+            raise type(error)(error.code, error.detail, where) from error.__cause__
 
 
 def _exists(path: Location) -> bool:
