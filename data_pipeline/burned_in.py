@@ -2,9 +2,9 @@
 
 A classical detector, built of the steps that text detection in scenes is built of (strokes of one width:
 Epshtein, Ofek and Wexler, CVPR 2010; components chained to lines: Neumann and Matas, ACCV 2010), for what
-burned-in text is: thin strokes of nearly one value, sharply brighter or darker than what surrounds them, as tall
-as their neighbours on the line. It reads nothing and knows no alphabet. It misses text and takes some anatomy
-for text; `benchmarks/privacy.py` measures both, and the figures stand in docs/privacy.md.
+burned-in text is: thin strokes of nearly one value, sharply brighter or darker than what surrounds them, as
+tall as their neighbours on the line. It reads nothing and knows no alphabet. It misses text and takes some
+anatomy for text; `benchmarks/privacy.py` measures both, and the figures stand in docs/privacy.md.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ LARGEST_MARKS = 4000  # components of one octave and polarity; the strongest are
 def text_mask(volume: Volume) -> np.ndarray:
     """Where a radiograph may hold burned-in text: bool, (z, y, x) of `volume`, True to hide.
 
-    Every plane across the axis of length 1 (else the first axis) and every channel is searched. Both polarities
-    and strokes up to about 3 % of the picture's width are; text along either axis is, oblique text only if its
-    glyphs stand out one by one. Found lines are masked as filled boxes with a margin. The mask of a picture
-    does not change with the scale and offset of its values, nor with inversion.
+    Every plane across the axis of length 1 (else the first axis) and every channel is searched. Both
+    polarities and strokes up to about 3 % of the picture's width are; text along either axis is, oblique
+    text only if its glyphs stand out one by one. Found lines are masked as filled boxes with a margin. The
+    mask of a picture does not change with the scale and offset of its values, nor with inversion.
     """
     axis = volume.shape.index(1) if 1 in volume.shape else 0
     mask = np.zeros(volume.shape, bool)
@@ -55,7 +55,8 @@ def text_mask(volume: Volume) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Marks:
-    """Stroke-like components of a picture: boxes in pixels (stops exclusive) and features, arrays of one length."""
+    """Stroke-like components of a picture: boxes in pixels (stops exclusive) and features, arrays of one
+    length."""
 
     top: np.ndarray
     left: np.ndarray

@@ -1,13 +1,13 @@
-"""Faces in head scans: where the face is, found from the nose, the vertex and the skull; nothing is registered.
+"""Faces in head scans: where the face is, found from the nose, the vertex and the skull.
 
-Published tools register a template (pydeface, mri_reface, mri_deface) or need a brain mask (quickshear: Schimke and
-Hale, HealthSec 2011, which removes everything in front of one plane below the brain). This one needs neither. The
-voxels' axes are the patient's, so a head is known by its size, by the dark or bony shell of its skull and by its
-nose, the one thing on a head that stands out in front of what is beside it. From the nose follows the root of the
-nose (nasion), at whose level the floor of the brain's case begins behind the brow; the face is a wedge below that
-level and the skin above it up to the brow. Lengths scale with the head's. Where any of this is missing, a head cut
-off below the eyes, a skull-stripped brain, a neck, there is no mask. `benchmarks/privacy.py` measures it;
-docs/privacy.md says what it is not.
+Published tools register a template (pydeface, mri_reface, mri_deface) or need a brain mask (quickshear:
+Schimke and Hale, HealthSec 2011, which removes everything in front of one plane below the brain). This one
+needs neither. The voxels' axes are the patient's, so a head is known by its size, by the dark or bony shell
+of its skull and by its nose, the one thing on a head that stands out in front of what is beside it. From
+the nose follows the root of the nose (nasion), at whose level the floor of the brain's case begins behind
+the brow; the face is a wedge below that level and the skin above it up to the brow. Lengths scale with the
+head's. Where any of this is missing, a head cut off below the eyes, a skull-stripped brain, a neck, there
+is no mask. `benchmarks/privacy.py` measures it; docs/privacy.md says what it is not.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HEAD_OVER_NOSE = (0.60, 1.02)  # from the tip of the nose up to the vertex ÷ le
 NOSE = 0.045  # least height of the nose over the cheeks ÷ length
 NASION = 0.20  # from the tip of the nose up to its root ÷ length
 SHELL = 0.5  # share of the directions over the head in which a skull must be seen
-DEPTH = 0.18  # of the wedge, behind the nasion ÷ length
-CLEAR = 0.05  # below the nasion where the wedge begins, and its fall of 1 in 2 to the back ÷ length
+DEPTH = 0.20  # of the wedge, behind the nasion ÷ length
+CLEAR = 0.03  # below the nasion where the wedge begins, and its fall of 1 in 2 to the back ÷ length
 SKIN = 0.03  # thickness of what goes above the wedge ÷ length
 BROW = 0.09  # above the nasion up to which skin goes ÷ length
 
@@ -36,9 +36,9 @@ BROW = 0.09  # above the nasion up to which skin goes ÷ length
 def face_mask(volume: Volume) -> np.ndarray | None:
     """Face voxels of a head to hide: bool (z, y, x) on the volume's grid; None where no whole head is found.
 
-    The first channel decides. CT in HU and MR only; a head counts with its vertex (at most a small cap cut off),
-    skull and nose in view. The mask holds air in front of the face too; ears and the back of the jaw stay. The
-    result is the same in every axis order and direction of the file.
+    The first channel decides. CT in HU and MR only; a head counts with its vertex (at most a small cap cut
+    off), skull and nose in view. The mask holds air in front of the face too; ears and the back of the jaw
+    stay. The result is the same in every axis order and direction of the file.
     """
     channel = volume.channels[0]
     if volume.spacing_source == "assumed" or (channel.modality, channel.units) not in _TAKEN:
@@ -78,8 +78,10 @@ def _find(values: np.ndarray, spacing: np.ndarray, ct: bool) -> _Head | None:
     if inside is None:
         return None
     top = _vertex(inside)
+    if not np.isfinite(top):
+        return None
     cap = inside[max(0, int(top - 110 / GRID)) :]
-    length, width = (_extent(cap.any((0, axis))) * GRID for axis in (2, 1))
+    length, width = (_extent(np.asarray(cap.any((0, axis)))) * GRID for axis in (2, 1))
     if not (LENGTH[0] <= length <= LENGTH[1] and WIDTH[0] <= width <= WIDTH[1] and width < 1.05 * length):
         return None
     if _skull_share(image, inside, top, length, ct) < SHELL:
@@ -89,7 +91,7 @@ def _find(values: np.ndarray, spacing: np.ndarray, ct: bool) -> _Head | None:
         return None
     tip, front = nose
     nasion = tip + NASION * length / GRID
-    level = int(round(nasion))
+    level = round(nasion)
     if level >= len(front) or not np.isfinite(front[level]):
         return None
     return _Head(inside, front * GRID, length, tip * GRID, (nasion * GRID, float(front[level]) * GRID))
@@ -103,16 +105,23 @@ def _coarse(values: np.ndarray, spacing: np.ndarray, nothing: float) -> np.ndarr
 
 
 def _inside(image: np.ndarray, ct: bool) -> np.ndarray | None:
-    """Skin and all it encloses: the largest thing that is not air, its cavities filled slice by slice."""
-    threshold = AIR_BELOW if ct else 0.5 * _otsu(image)
-    body = ndimage.binary_opening(image > threshold, iterations=2)  # cuts a head rest or a cushion off
+    """Skin and all it encloses: the largest thing that is not air, its cavities filled plane by plane."""
+    body = image > (AIR_BELOW if ct else 0.5 * _otsu(image))
+    # Padded by what exists, so that a mouth open at the front closes and nothing else grows.
+    closed = ndimage.binary_closing(np.pad(body, 4, mode="edge"), iterations=4)[4:-4, 4:-4, 4:-4] | body
+    body = ndimage.binary_opening(_filled(closed), iterations=2)  # cuts a head rest or a cushion off
     numbers, count = ndimage.label(body)
     if not count:
         return None
-    body = numbers == 1 + int(np.argmax(np.bincount(numbers.ravel())[1:]))
-    # Padded by what exists, so that a mouth or nostril that is open at the front closes and nothing else grows.
-    closed = ndimage.binary_closing(np.pad(body, 4, mode="edge"), iterations=4)[4:-4, 4:-4, 4:-4] | body
-    return np.stack([ndimage.binary_fill_holes(plane) for plane in closed])
+    return _filled(numbers == 1 + int(np.argmax(np.bincount(numbers.ravel())[1:])))
+
+
+def _filled(body: np.ndarray) -> np.ndarray:
+    """Filled in the planes of every axis: a skull opens downwards and an orbit forwards, none all round."""
+    for axis in range(3):
+        planes = np.moveaxis(body, axis, 0)
+        body = np.moveaxis(np.stack([ndimage.binary_fill_holes(plane) for plane in planes]), 0, axis)
+    return body
 
 
 def _otsu(image: np.ndarray) -> float:
@@ -180,30 +189,38 @@ def _skull_share(image: np.ndarray, inside: np.ndarray, top: float, length: floa
 def _nose(inside: np.ndarray, top: float, length: float) -> tuple[float, np.ndarray] | None:
     """z of the tip of the nose, and the front of the strip of skin over it at every z, in voxels; or None.
 
-    The tip is where a strip 12 mm wide stands out most in front of the strips 20 to 32 mm to its sides.
+    The tip is where a strip 14 mm wide stands out most in front of the strips 20 to 32 mm to its sides.
     """
     n = inside.shape[1]
     front = np.where(inside.any(1), inside.argmax(1), n).astype(np.float64)  # (z, x)
     front[front == n] = np.nan
     x_there = np.flatnonzero(inside.any((0, 1)))
     middle = (x_there[0] + x_there[-1]) / 2
-    low, high = (int(round(top - share * length / GRID)) for share in HEAD_OVER_NOSE[::-1])
+    low, high = (round(top - share * length / GRID) for share in HEAD_OVER_NOSE[::-1])
     low, high = max(low, 2), min(high, len(inside) - 1)
     near, far = (np.arange(a, b + 1) for a, b in ((-3, 3), (10, 16)))
-    best: tuple[float, float, int] | None = None
-    for x in range(int(middle - 25 / GRID), int(middle + 25 / GRID) + 1):
-        if x - 16 < 0 or x + 16 >= inside.shape[2]:
-            continue
-        for z in range(low, high):
-            strip = front[z - 2 : z + 3]
-            beside = min(np.mean(strip[:, x + far]), np.mean(strip[:, x - far]))
-            out = beside - np.mean(strip[:, x + near])
-            if np.isfinite(out) and (best is None or out > best[0]):
-                best = (float(out), float(z), x)
-    if best is None or best[0] < NOSE * length / GRID:
+    height, place = (
+        np.zeros(len(inside)),
+        np.zeros(len(inside), int),
+    )  # of the most that stands out, and its x
+    for z in range(low, high):
+        strip = front[z - 2 : z + 3].mean(0)
+        for x in range(int(middle - 25 / GRID), int(middle + 25 / GRID) + 1):
+            if x - 16 < 0 or x + 17 > len(strip):
+                continue
+            out = min(strip[x + far].mean(), strip[x - far].mean()) - strip[x + near].mean()
+            if out > height[z]:  # never where a strip is missing: NaN
+                height[z], place[z] = out, x
+    least = max(NOSE * length / GRID, 0.7 * height.max())
+    peaks = np.flatnonzero(
+        (height >= least) & (height == ndimage.maximum_filter1d(height, int(24 / GRID) + 1))
+    )
+    if not len(peaks):
         return None
-    profile = ndimage.uniform_filter1d(np.mean(front[:, best[2] + near], axis=1), 3, mode="nearest")
-    return best[1], profile
+    tip = int(peaks[-1])  # the uppermost: a chin may stand out as far
+    x = int(place[tip])
+    profile = ndimage.uniform_filter1d(np.mean(front[:, x + near], axis=1), 3, mode="nearest")
+    return float(tip), profile
 
 
 def _region(head: _Head, shape: tuple[int, ...], spacing: np.ndarray) -> np.ndarray:
@@ -211,8 +228,9 @@ def _region(head: _Head, shape: tuple[int, ...], spacing: np.ndarray) -> np.ndar
     z, y = ((np.arange(n) + 0.5) * s for n, s in zip(shape[:2], spacing))
     level, behind = head.nasion
     reach = np.full(len(z), behind + DEPTH * head.length)
-    # Below the tip of the nose no brain is near the front, and a chin may lie far back where the head is bent.
-    front = np.interp(z, (np.arange(len(head.front)) + 0.5) * GRID, np.nan_to_num(head.front, nan=behind))
+    # Below the tip of the nose no brain is near the front, and the chin of a bent head lies far back.
+    at = (np.arange(len(head.front)) + 0.5) * GRID
+    front = np.interp(z, at, np.nan_to_num(head.front, nan=behind))
     lower = z < head.tip
     reach[lower] = np.maximum(reach[lower], front[lower] + DEPTH * head.length)
     fall = np.maximum(y - behind, 0) / 2
@@ -220,7 +238,7 @@ def _region(head: _Head, shape: tuple[int, ...], spacing: np.ndarray) -> np.ndar
     depth = ndimage.distance_transform_edt(head.inside) * GRID
     skin = np.asarray(_fine(depth, shape, spacing)) <= SKIN * head.length
     above = (z < level + BROW * head.length)[:, None] & (y < behind + DEPTH * head.length) & ~wedge
-    above &= (z > level - 2 * CLEAR * head.length - DEPTH * head.length / 2)[:, None]
+    above &= (z > level - (2 * CLEAR + DEPTH / 2) * head.length)[:, None]
     return wedge[:, :, None] | (above[:, :, None] & skin)
 
 
