@@ -9,6 +9,19 @@ from data_pipeline.sequences import sequence_of
 
 PULSE, CONTRAST = "MRPulseSequence", "ContrastBolusUsageSequence"
 ANGIOGRAPHY = {"ANGIO", "TOF", "TIME OF FLIGHT", "PCA", "M PCA", "ANGIO TIME", "FLOW ENCODED"}
+#: AcquisitionContrast of enhanced headers, where timing does not tell.
+CONTRASTS = {
+    "T1": "T1w",
+    "T2": "T2w",
+    "T2 STAR": "T2star",
+    "PROTON DENSITY": "PDw",
+    "FLUID ATTENUATED": "FLAIR",
+    "STIR": "STIR",
+    "DIFFUSION": "DWI",
+    "PERFUSION": "PWI",
+    "TOF": "MRA",
+}
+FASTEST_ECHO = 0.3  # ms between the echoes of a planar read-out, at least
 PERFUSION = {"ASL", "PERFUSION", "DSC", "PWI"}
 
 
@@ -24,7 +37,7 @@ def sequence(frame: Frame, b_value: float | None, frames: int) -> str:
     flavours |= {"SWI"} if "SWI" in kind else set()
     flavours |= {"FMRI"} if kind & {"FMRI", "BOLD", "MOCO"} and frames > 1 else set()
     flavours |= {"PERFUSION"} if kind & PERFUSION else set()
-    return sequence_of(
+    decided = sequence_of(
         number(frame.get("RepetitionTime", TIMING)),
         number(frame.get("EffectiveEchoTime", ECHO)) or number(frame.get("EchoTime")),
         number(frame.get("InversionTimes", MODIFIER)) or number(frame.get("InversionTime")),
@@ -36,6 +49,10 @@ def sequence(frame: Frame, b_value: float | None, frames: int) -> str:
         frames=frames,
         flavours=flavours,
     )
+    if decided != "unknown":
+        return decided
+    stated = words(frame.get("AcquisitionContrast", *FRAME_TYPES))
+    return CONTRASTS.get(stated[0], decided) if stated else decided
 
 
 def scanning(frame: Frame) -> set[str]:
@@ -49,7 +66,12 @@ def scanning(frame: Frame) -> set[str]:
         for c, kinds in (("SE", ("SPIN", "BOTH")), ("GR", ("GRADIENT", "BOTH")))
         if echo and echo[0] in kinds
     }
-    if _yes(frame, "EchoPlanarPulseSequence", PULSE):
+    refocused, read_out = (number(frame.get(f"{n}EchoTrainLength", TIMING)) for n in ("RF", "Gradient"))
+    if not codes and refocused is not None:
+        codes.add("SE" if refocused else "GR")
+    # Philips counts the shots of a gradient echo as a train too; a planar one cannot be that fast.
+    slow = (number(frame.get("RepetitionTime", TIMING)) or 0.0) > FASTEST_ECHO * (read_out or 0.0)
+    if _yes(frame, "EchoPlanarPulseSequence", PULSE) or ((read_out or 0.0) > 1 and slow):
         codes.add("EP")
     if _yes(frame, "InversionRecovery", MODIFIER):
         codes.add("IR")

@@ -179,6 +179,29 @@ def test_a_ct_has_no_sequence(tmp_path: Path) -> None:
             None,
             "MRA",
         ),
+        # Philips states trains in place of a pulse sequence.
+        (
+            {},
+            {"RepetitionTime": 3000.0, "RFEchoTrainLength": 0, "GradientEchoTrainLength": 63},
+            30.0,
+            None,
+            "T2star",
+        ),
+        (
+            {},
+            {"RepetitionTime": 6.8, "RFEchoTrainLength": 0, "GradientEchoTrainLength": 240, "FlipAngle": 9.0},
+            3.1,
+            None,
+            "T1w",
+        ),
+        (
+            {},
+            {"RepetitionTime": 4000.0, "RFEchoTrainLength": 15, "GradientEchoTrainLength": 1},
+            100.0,
+            None,
+            "T2w",
+        ),
+        ({"AcquisitionContrast": "FLUID_ATTENUATED"}, {"RepetitionTime": 9000.0}, 120.0, None, "FLAIR"),
     ],
 )
 def test_enhanced_headers(
