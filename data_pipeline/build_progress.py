@@ -46,7 +46,7 @@ class Progress:
         if self._lines and total is None:
             print(f"{title} ...", flush=True)
         elif self._lines and done:
-            print(f"{title}: {done} of {total} were done before", flush=True)
+            print(f"{title}: {done}/{total} were done before", flush=True)
 
     def read(self, size: int, codes: Sequence[str]) -> None:
         """One scan of `size` bytes was read; `codes` of refusals."""
@@ -70,4 +70,4 @@ class Progress:
         now = time.monotonic()
         if self._lines and (now - self._told > EVERY_S or self._done == self._total):
             self._told = now
-            print(f"{self._title}: {self._done} of {self._total} {rate}".rstrip(), flush=True)
+            print(f"{self._title}: {self._done}/{self._total} {rate}".rstrip(), flush=True)
