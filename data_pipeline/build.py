@@ -423,7 +423,8 @@ def _read(jobs: Sequence[Job], settings: Settings, hands: Pool, shown: Progress)
     """Outcomes of the jobs, in their order: recorded ones, and the rest read by the workers."""
     journal = settings.journal
     done = journal.done()
-    todo = [job for job in jobs if done.get(job.key) != job.fingerprint]
+    before = {j.key: journal.outcome(j.key, j.fingerprint) for j in jobs if done.get(j.key) == j.fingerprint}
+    todo = [job for job in jobs if job.key not in before or not journal.holds(before[job.key])]
     shown.stage("reading", len(jobs), len(jobs) - len(todo))
     kills = journal.kills()
     results = hands.stream(
@@ -440,7 +441,8 @@ def _read(jobs: Sequence[Job], settings: Settings, hands: Pool, shown: Progress)
             journal.finish(job.outcome(refusals=(refusal,)))
             codes = ["kills_workers"]
         shown.read(job.size, codes)
-    return [journal.outcome(job.key, job.fingerprint) for job in jobs]
+    read = {job.key for job in todo}
+    return [journal.outcome(j.key, j.fingerprint) if j.key in read else before[j.key] for j in jobs]
 
 
 DONE = "done.json"

@@ -24,6 +24,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.frame_index import checksum
+from data_pipeline.place import Place
 from data_pipeline.shard_writer import Piece, Staged
 
 
@@ -127,6 +128,11 @@ class Journal:
             return Outcome(**content, samples=samples, refusals=refusals)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: is damaged; delete it and start the same build again") from error
+
+    def holds(self, outcome: Outcome) -> bool:
+        """Whether every staged frame of an outcome is there in its size (after a power cut it may not be)."""
+        pieces = (piece for sample in outcome.samples for piece in sample.frames.values())
+        return all(Place(piece.folder).size(piece.name) == piece.size for piece in pieces)
 
     def kills(self) -> dict[str, int]:
         """How often each case ended a worker while nothing else was being read."""

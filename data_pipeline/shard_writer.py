@@ -48,7 +48,7 @@ class Piece:
         if len(data) != self.size or (self.check is not None and checksum(data) != self.check):
             raise UserError(
                 f"{self.folder}/{self.name} was changed or cut short after it was written; "
-                "delete it and start the same build again"
+                "delete the work folder and start the same build again"
             )
         return data
 
