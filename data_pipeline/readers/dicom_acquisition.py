@@ -36,8 +36,12 @@ def b_value(frame: Frame) -> float | None:
         (0x2001, "Philips Imaging DD 001", 0x03),
     ):
         value = number(private(ds, group, creator, offset))
+        if creator == "GEMS_PARM_01" and value is not None:
+            value = (
+                value % GE_OFFSET if "EP" in words(ds.get("ScanningSequence")) else None
+            )  # else no b-value
         if value is not None:
-            return value % GE_OFFSET if creator == "GEMS_PARM_01" else value
+            return value
     if (0x0029, 0x0010) in ds:
         items = csa_header(ds).get("B_value", {}).get("items", ())
         return number(items[0]) if items else None
@@ -68,7 +72,13 @@ def direction(frame: Frame) -> tuple[float, ...] | None:
 def shells(frames: Sequence[Frame]) -> dict[int, float | None]:
     """b-value of each frame (by `id`), the mean of its shell rounded to 1 s/mm²: scanners state 995 and 1005
     for one shell of 1000."""
-    found = {id(frame): b_value(frame) for frame in frames}
+    stated: dict[tuple[int, int | None], float | None] = {}  # tiles of a mosaic share their header
+    found: dict[int, float | None] = {}
+    for frame in frames:
+        key = (id(frame.dataset), frame.number)
+        if key not in stated:
+            stated[key] = b_value(frame)
+        found[id(frame)] = stated[key]
     shell_of: dict[float, float] = {}
     members: list[float] = []
     for value in [*sorted({v for v in found.values() if v is not None}), None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import Quarantined
 from data_pipeline.readers import read, read_all
 from data_pipeline.readers.dicom import decode_all
+from data_pipeline.readers.dicom_frames import Frame
 from data_pipeline.readers.raw import Raw
 
 SLICES = 5
@@ -131,6 +133,7 @@ def test_private_b_values_split_too(tmp_path: Path, vendor: str) -> None:
         if vendor == "SIEMENS":
             ds.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0C, "IS", str(value))
         elif vendor == "GE":
+            ds.ScanningSequence = ["EP", "SE"]
             ds.private_block(0x0043, "GEMS_PARM_01", create=True).add_new(
                 0x39, "IS", [10**9 + value, 8, 0, 0]
             )
@@ -347,3 +350,42 @@ def test_any_crossing_in_any_order_is_taken_apart(
     ]
     made = [made[n] for n in np.random.default_rng(seed).permutation(len(made))]
     assert_frames(decode_all(write(tmp_path_factory.mktemp("s"), made)), *array)
+
+
+@pytest.mark.parametrize("kind", ["classic", "enhanced"])
+def test_decoding_holds_about_twice_the_voxels(tmp_path: Path, kind: str) -> None:
+    array = np.random.default_rng(0).integers(0, 4096, (40, 256, 256)).astype(np.uint16)
+    if kind == "classic":
+        series_of(tmp_path, array)
+    else:
+        enhanced(array, range(40)).save_as(tmp_path / "a.dcm")
+    files = sorted(tmp_path.iterdir())
+    decode_all(tmp_path, series=files[:1])  # imports
+    tracemalloc.start()
+    raws = decode_all(tmp_path, series=files)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert_frames(raws, array)
+    assert peak < 2.5 * array.nbytes
+
+
+def test_headers_are_searched_a_set_number_of_times_a_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def searches(times: int) -> float:
+        calls = 0
+        get = Frame.get
+
+        def counted(self, *names):
+            nonlocal calls
+            calls += 1
+            return get(self, *names)
+
+        array = planes(times, SLICES)
+        folder = write(tmp_path / str(times), crossed(array, lambda g: {"TemporalPositionIdentifier": g + 1}))
+        with monkeypatch.context() as patch:
+            patch.setattr(Frame, "get", counted)
+            assert_frames(decode_all(folder), array)
+        return calls / (times * SLICES)
+
+    assert searches(24) < 1.2 * searches(6)
