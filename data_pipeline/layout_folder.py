@@ -8,11 +8,10 @@ from collections.abc import Callable
 from data_pipeline.errors import UserError, shown
 from data_pipeline.layout_described import read_json
 from data_pipeline.layouts import Case, Discovery, label_for, stem
-from data_pipeline.locations import Location, files_below, relative
+from data_pipeline.locations import TABLES, Location, files_below, relative
 from data_pipeline.readers import DICOM, is_image
 from data_pipeline.sources import SourceConfig
 
-TABLES = (".csv", ".tsv", ".parquet")
 HEADERS = (".hdr", ".mhd", ".nhdr")  # beside which a file of voxels lies
 #: Kinds of files beside images, by which they are counted; any other suffix may identify.
 BESIDE = {

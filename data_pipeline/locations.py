@@ -21,6 +21,7 @@ from data_pipeline.errors import UserError, shown
 
 Location: TypeAlias = Path | UPath
 PIECE = 1 << 22
+TABLES = (".csv", ".tsv", ".parquet")
 
 
 def location(text: Any) -> Location:
@@ -61,9 +62,12 @@ def joined(root: Location, name: str) -> Location:
 
 
 def relative(path: Location, root: Location) -> str:
-    """Path below ``root`` with forward slashes (the name alone if it is elsewhere, or is the root)."""
+    """Path below ``root`` (below its folder where it is a file or a table) with forward slashes; the whole
+    path where it lies elsewhere."""
     own, base = _text(path), _text(root).rstrip("/")
-    return own[len(base) + 1 :] if own.startswith(f"{base}/") else path.name
+    if own == base or root.suffix.lower() in TABLES:
+        base = _text(root.parent).rstrip("/")
+    return own[len(base) + 1 :] if own.startswith(f"{base}/") else own.lstrip("/")
 
 
 def files_below(root: Location, unreadable: Callable[[], None] = lambda: None) -> list[Location]:

@@ -141,6 +141,21 @@ def test_a_file_that_is_not_there_is_one_quarantined_row(tmp_path: Path) -> None
         read_case(cases[1], src)
 
 
+def test_one_name_in_two_folders(tmp_path: Path) -> None:
+    for day in ("one", "two"):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "a.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes())
+    content = "path,subject\none/a.nii.gz,p\ntwo/a.nii.gz,p\n"
+    (tmp_path / "t.csv").write_text(content)
+    src = SourceConfig(
+        path=tmp_path / "t.csv", modality={"one/*": "MR", "two/*": "CT"}, splits={"two/**": "test"}
+    )
+    assert [(c.modality, c.subject, c.split) for c in discover(src)] == [
+        (("MR",), "p", None),
+        (("CT",), "p", "test"),
+    ]
+
+
 def test_sequences_of_a_column(tmp_path: Path) -> None:
     src = table(tmp_path, "path,modality,sequence\na.nii.gz,MR,FLAIR\nb.nii.gz,MR,t1 post contrast\n")
     assert [c.sequence for c in discover(src)] == ["FLAIR", "T1w-ce"]

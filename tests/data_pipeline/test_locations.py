@@ -235,8 +235,12 @@ def test_places(tmp_path: Path) -> None:
     assert isinstance(location(str(tmp_path)), Path)
     assert location(f"file://{tmp_path}") == tmp_path
     assert relative(far / "a/b.nii", far) == "a/b.nii"
-    assert relative(far / "a", location("s3://other")) == "a"
+    assert relative(far / "a", location("s3://other")) == "s3://bucket/folder/a"
+    assert relative(far / "a/b.nii", far / "t.parquet") == "a/b.nii"
     assert relative(tmp_path / "a/b.nii", tmp_path) == "a/b.nii"
+    assert relative(tmp_path / "a/b.nii", tmp_path / "t.csv") == "a/b.nii"
+    assert relative(tmp_path / "b.nii", tmp_path / "b.nii") == "b.nii"
+    assert relative(Path("/x/b.nii"), tmp_path / "t.csv") == "x/b.nii"
     assert str(joined(far, "./x/y.nii")) == "s3://bucket/folder/x/y.nii"
     assert joined(far, "/local/x.nii") == Path("/local/x.nii")
     assert str(joined(tmp_path, "s3://b/x.nii")) == "s3://b/x.nii"

@@ -256,6 +256,9 @@ def test_missing_unknown_and_cut_files_are_named(tmp_path: Path) -> None:
         assert code_of(tmp_path / f"cut{suffix}", modality="MR") in ("truncated", "unreadable"), suffix
 
 
+KINDS = [".nii", ".nrrd", ".mha", ".nii.gz", ".png", ".tif", ".jpg", ".npz"]
+
+
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("samples")
@@ -267,11 +270,16 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     found[".nii.gz"] = gzip.compress(found[".nii"], mtime=0)
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(folder / "a.png")
     found[".png"] = (folder / "a.png").read_bytes()
+    for suffix in (".tif", ".jpg"):
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(folder / f"a{suffix}")
+        found[suffix] = (folder / f"a{suffix}").read_bytes()
+    np.savez_compressed(folder / "a.npz", image=np.arange(60).reshape(3, 4, 5), spacing=np.array([1.0, 2, 3]))
+    found[".npz"] = (folder / "a.npz").read_bytes()
     return found
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(suffix=st.sampled_from([".nii", ".nrrd", ".mha", ".nii.gz", ".png"]), data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(suffix=st.sampled_from(KINDS), data=st.data())
 def test_damaged_headers_never_raise_anything_but_a_refusal(
     samples: dict[str, bytes], tmp_path: Path, suffix: str, data: st.DataObject
 ) -> None:
