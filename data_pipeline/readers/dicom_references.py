@@ -139,6 +139,7 @@ def _seg(ds: Dataset) -> References:
             str(s.get("SegmentAlgorithmType", "") or "").strip().upper() == "AUTOMATIC",
         )
         for s in items(ds, "SegmentSequence")
+        if int(s.SegmentNumber) != 0  # the background of a label map
     )
     frame = str(ds.get("FrameOfReferenceUID", "") or "")
     return References("seg", structures, _known(series), _known(instances), _known({frame}))
