@@ -94,7 +94,8 @@ def build(
     journal = Journal(_work(work, private, part))
     with _lock(journal.folder), pool(workers, scheduler) as hands, Progress(progress) as shown:
         shown.stage("looking for scans")
-        cases = [(s, case) for s in sources for case in discover(s, hands.ordered, hashes)]
+        left: Counter[str] = Counter()
+        cases = [(s, case) for s in sources for case in discover(s, hands.ordered, hashes, left)]
         _check_burned_in(cases)
         earlier = _earlier(place, private, journal, hashes, options, part)
         ids = label_ids((case for _, case in cases), earlier.labels)
@@ -105,6 +106,7 @@ def build(
             "stated": [s.model_dump(mode="json", include=set(STATED)) for s in sources],
             "sources": [s.model_dump(mode="json", include={"name", "split"}) for s in sources],
             "cases": len(cases),
+            "left_out": dict(left),
             "part": list(part) if part is not None else [1, 1],
         }
         journal.open(about)

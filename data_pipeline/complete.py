@@ -110,7 +110,7 @@ def complete(
     report = BuildReport(out.root, private, len(rows), len(entries), read=len(outcomes))
     report.counts = dict(Counter(f"{r['split']} {r['modality']} {r['geometry']}" for r in rows))
     report.quarantined = dict(Counter(r.code for o in everything for r in o.refusals))
-    report.notes = {**_notes(rows, everything, left_out), **notes}
+    report.notes = {**about["left_out"], **_notes(rows, everything, left_out), **notes}
     report.sizes = _sizes(rows)
     _describe(out, rows, entries, everything, left_out, report, about)
     _index(private, everything, known, {row["key"] for row in rows})

@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("medfm: stopped", file=sys.stderr)
+        print("medfm: stopped; start the same command again to go on", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
