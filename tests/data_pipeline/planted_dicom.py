@@ -222,6 +222,8 @@ def private(header: Dataset, charset: str) -> None:
         vrs = ("LO", "PN", "UN", "OB", "SQ", "DA", "ST", "UT", "UI", "DS", "AE")
         for number, vr in enumerate(vrs):
             put(header, (group << 16) | 0x1060 + number, vr, value_of(vr, number))
+    for element in (0x1010, 0x1020):  # Siemens' CSA headers are parsed for mosaics
+        put(header, 0x00290000 | element, "OB", b"SV10\4\3\2\1" + SENTENCE.encode() * 4)
     text = LATIN if charset == "latin" else JAPANESE if charset == "japanese" else SENTENCE
     put(header, 0x00091080, "LT", text)
     header.file_meta.SourceApplicationEntityTitle = HOSPITAL.upper()
@@ -239,6 +241,36 @@ def save(header: Dataset, path: Path, trailing: bytes = b"") -> Path:
     if trailing:
         path.write_bytes(path.read_bytes() + trailing)
     return path
+
+
+def multi_frame(charset: str) -> Dataset:
+    """An enhanced MR of three frames whose functional groups, shared and per frame, are full of finds."""
+    planes = [voxels(900 + n) for n in range(3)]
+    header = true_header("MR", planes[0], 0.0, f"multi-frame {charset}")
+    for keyword in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SliceThickness"):
+        delattr(header, keyword)
+    header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
+    header.NumberOfFrames, header.PixelData = 3, unused_bits(np.stack(planes)).astype("<u2").tobytes()
+    plane, measures, shared = Dataset(), Dataset(), Dataset()
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    measures.PixelSpacing, measures.SliceThickness = [0.8, 0.8], 2.0
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = Sequence([plane]), Sequence([measures])
+    frames = []
+    for n in range(3):
+        content, position, frame = Dataset(), Dataset(), Dataset()
+        content.FrameAcquisitionDateTime = content.FrameReferenceDateTime = DATE + TIME
+        content.FrameComments, content.FrameLabel = SENTENCE, SENTENCE
+        content.StackID, content.InStackPositionNumber = "1", n + 1
+        position.ImagePositionPatient = [0.0, 0.0, 2.0 * n]
+        frame.FrameContentSequence, frame.PlanePositionSequence = Sequence([content]), Sequence([position])
+        frames.append(frame)
+    for group in (shared, *frames):
+        for element in every_element()[::23]:
+            if element.tag not in group:
+                group[element.tag] = element
+    header.SharedFunctionalGroupsSequence = Sequence([shared])
+    header.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    return plant(header, charset)
 
 
 def voxels(seed: int, shape: tuple[int, ...] = (24, 20)) -> np.ndarray:

@@ -32,6 +32,7 @@ from planted_dicom import (
     CLASSES,
     READ,
     every_element,
+    multi_frame,
     one_by_one,
     plant,
     put,
@@ -68,7 +69,8 @@ def whole(root: Path) -> int:
             header = plant(true_header(modality, array, 2.0 * z, f"{modality} {charset}"), charset)
             name = f"{FAMILY}^{GIVEN}_{DATE}_{n}_{z}.dcm"
             save(header, root / f"{HOSPITAL} {ADDRESS}" / f"{modality}-{PATIENT}" / name)
-    return len(series)
+    save(multi_frame("unicode"), root / f"{HOSPITAL} {ADDRESS}" / f"{FAMILY}_frames.dcm")
+    return len(series) + 1
 
 
 def refused(root: Path) -> None:

@@ -223,6 +223,29 @@ def test_names_that_identify_become_hashes_and_numbers(planted: Built) -> None:
     assert channels <= {"CT", "MR", "channel_0", "channel_1"}
 
 
+def test_the_private_folder_is_its_owner_s_alone(planted: Built) -> None:
+    """And it is where the way back is: every planted path, by the hashes that the dataset knows."""
+    for path in [planted.private, *planted.private.rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+    index = planted.index()
+    assert {row["key"] for row in planted.manifest()} <= {key for e in index for key in e["keys"]}  # type: ignore[attr-defined]
+    assert all(finds(str(entry["paths"]).encode()) for entry in index)
+
+
+def test_a_mistake_met_by_a_worker_is_one_line(tmp_path: Path) -> None:
+    """No traceback, no arguments of a task: one line with the path, the fault and the remedy."""
+    place = tmp_path / "in"
+    image(place / "a.nii.gz", 1)
+    (place / "t.csv").write_text(f"image,modality,subject\na.nii.gz,XYZ,{NAME}\n")
+    built = run_build({"sources": [{"path": str(place / "t.csv"), "name": "s"}]}, tmp_path / "out")
+    lines = [line for line in built.printed.decode().splitlines() if not line.endswith(" ...")]
+    assert built.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("medfm: error")
+    assert finds(built.printed) == []
+    assert not built.out.exists()
+
+
 def test_what_is_shown_of_it_names_nobody(planted: Built, tmp_path: Path) -> None:
     """`inspect` of every sample, its picture, `verify` and `order`: hashes only."""
     program = "import sys; from launch.cli import main; sys.exit(main())"
