@@ -327,7 +327,7 @@ def _place(coded: np.ndarray, raw: Raw, volume: Volume, geometry: str | None) ->
         layers = np.ascontiguousarray(volume.from_source(coded))
         return Label(layers, classes_of(layers), "image" if geometry == "image" else "grid", {}, {})
 
-    check_affine(raw.affine)
+    check_affine(raw.affine, sheared=True)  # that of a straightened image leans
     layer = Channel("label", "MR", "arbitrary")
     own = Volume.on_grid(coded, (layer,) * len(coded), raw.affine).to_lps()
     if own.shape == volume.shape:

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import NORMAL, ORIGIN, dataset, enhanced, sequence_of, series_of, write
+from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydicom import dcmread
 
 from data_pipeline.errors import Quarantined
 from data_pipeline.readers import read, read_all
@@ -389,3 +391,35 @@ def test_headers_are_searched_a_set_number_of_times_a_slice(
         return calls / (times * SLICES)
 
     assert searches(24) < 1.2 * searches(6)
+
+
+def test_a_legacy_converted_object_is_the_series_it_was_made_of(tmp_path: Path) -> None:
+    array = planes(1, SLICES)[0]
+    series_of(tmp_path / "a", array, PatientBirthDate="", PatientSex="", StudyDate="20200101", StudyTime="10",
+              StudyID="1", AccessionNumber="", ReferringPhysicianName="", SeriesNumber=1, Manufacturer="GE",
+              FrameOfReferenceUID="1.2.3", PositionReferenceIndicator="", AcquisitionNumber=1)  # fmt: skip
+    classic = [dcmread(path) for path in (tmp_path / "a").iterdir()]
+    converted = LegacyConvertedEnhancedCTImage(classic, "1.2.3.5", 2, "1.2.3.6", 1)
+    converted.save_as(tmp_path / "b.dcm")
+    ours, theirs = read(tmp_path / "a"), read(tmp_path / "b.dcm")
+    np.testing.assert_array_equal(theirs.voxels, ours.voxels)
+    np.testing.assert_allclose(theirs.source_affine, ours.source_affine)
+    np.testing.assert_array_equal(theirs.real(0), ours.real(0))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_enhanced_headers_damaged_anywhere_are_refused_not_raised(tmp_path: Path) -> None:
+    enhanced(planes(1, 2)[0], range(2), lambda n: content(StackID="1")).save_as(tmp_path / "a.dcm")
+    whole = (tmp_path / "a.dcm").read_bytes()
+    random, outcomes = np.random.default_rng(0), set()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for position in random.integers(0, len(whole), random.integers(1, 5)):
+            damaged[position] = random.integers(0, 256)
+        (tmp_path / "a.dcm").write_bytes(damaged)
+        try:
+            decode_all(tmp_path / "a.dcm")
+            outcomes.add("read")
+        except Quarantined as error:
+            outcomes.add(error.code)
+    assert {"read", "unreadable"} <= outcomes

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 
 from data_pipeline.errors import Quarantined
+from data_pipeline.labels import read_label
 from data_pipeline.privacy import allowed
 from data_pipeline.readers import read
 from data_pipeline.readers.shear import is_sheared, stacking_axis, straighten
@@ -184,3 +185,18 @@ def test_a_sheared_nifti_is_straightened_or_refused(tmp_path: Path) -> None:
     np.testing.assert_array_equal(volume.to_source(volume.voxels[0]), expected.voxels[0])
     with pytest.raises(Quarantined, match="sheared"):
         read(tmp_path / "a.nii.gz", modality="CT", shear="quarantine")
+
+
+@pytest.mark.parametrize("lean", [(0.0, 0.4), (-0.3, 0.7)])
+def test_a_label_on_the_sheared_grid_follows_its_image(tmp_path: Path, lean: tuple[float, float]) -> None:
+    block = np.zeros((8, 20, 22), np.int16)
+    block[2:6, 5:14, 6:15] = 1
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ sheared(lean)
+    for name, array in (("image", block * 1000), ("label", block)):
+        nibabel.Nifti1Image(array.T, affine).to_filename(tmp_path / f"{name}.nii.gz")
+    volume = read(tmp_path / "image.nii.gz", modality="CT")
+    label = read_label(tmp_path / "label.nii.gz", volume, regions={"organ": (1,)})
+    (layer,) = label.layers
+    np.testing.assert_array_equal(layer[volume.voxels[0] > 760], 1)
+    np.testing.assert_array_equal(layer[volume.voxels[0] < 240], 0)
+    assert (label.lost, label.placed) == ({1: 0.0}, "resampled")
