@@ -43,7 +43,7 @@ REASONS = MappingProxyType(
         "colour": "a colour image",
         "left_out": "an image of a kind that is not trained on (reference, phase, field map, map, mask)",
         "several_series": "more than one image series where one was asked for",
-        "no_geometry": "neither sform nor qform says where the voxels lie",
+        "no_geometry": "the header does not say where the voxels lie in the patient",
         "bad_geometry": "spacing or directions that no scan can have (zero, not finite, not invertible)",
         "sheared": "axes that are not at right angles",
         "gantry_tilt": "slices shifted against each other (gantry tilt)",

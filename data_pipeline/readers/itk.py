@@ -158,9 +158,12 @@ def _millimetres(fields: dict[str, str]) -> float:
 
 def _check_stated_size(fields: dict[str, str], path: Path) -> None:
     try:
-        voxels = math.prod(int(v) for v in fields.get("sizes", fields.get("dimsize", "")).split())
+        sizes = [int(v) for v in fields.get("sizes", fields.get("dimsize", "")).split()]
     except ValueError:
         return
+    if not sizes:
+        return
+    voxels = math.prod(sizes)
     packed = (
         fields.get("encoding", "raw").lower() != "raw" or "true" in fields.get("compresseddata", "").lower()
     )
