@@ -87,6 +87,8 @@ NOTES = {
     "pixel_spacing": "calibrated|magnification|detector",
     "modality_lut": "applied",
     "voi_lut": "applied|none",
+    "slice_thickness": "assumed",
+    "transfer_syntax": "assumed",
     "contours_skipped": r"\d{1,6}",
     "contours_repeated": r"\d{1,6}",
     "contours_between_slices": r"\d{1,6}",

@@ -154,6 +154,8 @@ def _raw(acquisition: Acquisition, pixels: Pixels, modality: str, diffusion: boo
     affine[:3, 2] = acquisition.step
     affine[:3, 3] = first.position
     notes = dict(pixels.notes)
+    if len(acquisition.frames[0]) == 1 and first.thickness is None:
+        notes["slice_thickness"] = "assumed"
     if acquisition.left_out:
         notes["frames_refused"] = str(acquisition.left_out)
     if modality == "MR":

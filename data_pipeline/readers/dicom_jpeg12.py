@@ -1,4 +1,4 @@
-"""JPEG extended with 12 bits through GDCM, as a plugin of pydicom, whose own plugins read 8 bits of it only."""
+"""JPEG extended of 12 bits through GDCM, as a plugin of pydicom, whose own plugins read 8 bits only."""
 
 from __future__ import annotations
 

@@ -122,6 +122,8 @@ def _prepare(frames: Sequence[Frame], modality: str, voi_lut: bool) -> tuple[Pix
     if modality == "XR" and voi_lut:
         shown = any(name in frames[0].dataset for name in ("VOILUTSequence", "WindowCenter"))
         notes["voi_lut"] = "applied" if shown else "none"
+    if [ds for ds in datasets if _assume_syntax(ds)]:
+        notes["transfer_syntax"] = "assumed"
     real = luts or len(set(pairs)) > 1 or notes.get("voi_lut") == "applied"
     if len(set(pairs)) > 1:
         notes["rescale"] = "per slice"
@@ -175,8 +177,6 @@ def _stored(ds: Dataset) -> Iterator[np.ndarray]:
         raise Quarantined("colour", "more than one sample per pixel, or a palette")
     if not any(name in ds for name in PIXELS):
         raise Quarantined("no_pixel_data")
-    if not getattr(ds, "file_meta", None) or "TransferSyntaxUID" not in ds.file_meta:
-        raise Quarantined("unreadable", "no transfer syntax: the bytes of the pixels have no known meaning")
     _check_syntax(ds.file_meta.TransferSyntaxUID)
     if ds.file_meta.TransferSyntaxUID in dicom_jpeg12.DECODER_DEPENDENCIES:
         dicom_jpeg12.register()
@@ -200,6 +200,28 @@ def _stored(ds: Dataset) -> Iterator[np.ndarray]:
         if plane.ndim != 2:
             raise Quarantined("colour", "more than one sample per pixel")
         yield significant_bits(plane, stored, high, bool(ds.PixelRepresentation)) if whole else plane
+
+
+def _assume_syntax(ds: Dataset) -> bool:
+    """Whether the transfer syntax is not stated and was set to the plain one that the header is written in.
+
+    The number of bytes must be that of plain pixels, else `Quarantined`: they could be compressed.
+    """
+    meta = getattr(ds, "file_meta", None)
+    if meta is not None and "TransferSyntaxUID" in meta:
+        return False
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    implicit, little = ds.original_encoding
+    size = len(ds.PixelData) if "PixelData" in ds else 0
+    plain = int(ds.Rows) * int(ds.Columns) * _dtype(ds).itemsize * int(ds.get("NumberOfFrames", 1) or 1)
+    if size not in (plain, plain + plain % 2):
+        raise Quarantined("unreadable", "no transfer syntax: the bytes of the pixels have no known meaning")
+    ds.file_meta = FileMetaDataset() if meta is None else meta
+    explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    return True
 
 
 def _check_syntax(uid: Any) -> None:

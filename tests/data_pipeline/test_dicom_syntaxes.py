@@ -217,3 +217,20 @@ def test_overlay_bits_above_the_stored_ones_are_dropped(tmp_path: Path, compress
     ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     (raw,) = decode_all(tmp_path / "a.dcm")
     np.testing.assert_array_equal(raw.frames[0, 0], clean)
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_a_file_without_meta_information_is_taken_for_plain_where_its_length_says_so(
+    tmp_path: Path, implicit: bool
+) -> None:
+    ds = plain("uint16")
+    bare = Dataset()
+    bare.update(ds)
+    bare.save_as(tmp_path / "a.dcm", implicit_vr=implicit, little_endian=True)
+    (raw,) = decode_all(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(raw.frames[0, 0], smooth("uint16"))
+    assert raw.provenance["transfer_syntax"] == "assumed"
+    bare.PixelData = bare.PixelData[:700]
+    bare.save_as(tmp_path / "b.dcm", implicit_vr=implicit, little_endian=True)
+    with pytest.raises(Quarantined, match="no transfer syntax"):
+        decode_all(tmp_path / "b.dcm")

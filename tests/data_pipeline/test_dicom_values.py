@@ -296,3 +296,9 @@ def test_a_radiograph_of_several_frames_is_refused(tmp_path: Path) -> None:
     ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     with pytest.raises(Quarantined, match="unsupported_layout"):
         decode_all(tmp_path / "a.dcm")
+
+
+def test_a_single_slice_without_thickness_says_that_it_is_assumed(tmp_path: Path) -> None:
+    volume = read(saved(tmp_path / "a.dcm", values(), SliceThickness=None))
+    assert volume.provenance["slice_thickness"] == "assumed"
+    assert "slice_thickness" not in read(saved(tmp_path / "b.dcm", values())).provenance
