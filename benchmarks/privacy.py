@@ -138,7 +138,7 @@ def measure_faces(turns: tuple[tuple[int, int, int], ...]) -> list[dict[str, Any
     for name, brain, image in brains():
         for modality in ("MR", "CT"):
             for turn in turns:
-                phantom = head(modality, brain, image, spacing=1.5, turn=turn)
+                phantom = head(modality, brain, image, spacing=2.0, turn=turn)
                 for thick in (1, 3) if turn == (0, 0, 0) else (1,):
                     scan, inside, face = volume_of(phantom, modality, thick)
                     mask = face_mask(scan)
@@ -146,7 +146,7 @@ def measure_faces(turns: tuple[tuple[int, int, int], ...]) -> list[dict[str, Any
                         "brain": name,
                         "modality": modality,
                         "turn": turn,
-                        "slice_mm": 1.5 * thick,
+                        "slice_mm": 2.0 * thick,
                     }
                     row["found"] = mask is not None
                     mask = np.zeros(inside.shape, bool) if mask is None else mask

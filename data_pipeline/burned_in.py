@@ -34,7 +34,7 @@ LEVEL = 0.7  # least median height of a line's glyphs ÷ the line's height
 SALIENT = 3.2  # least contrast of a line ÷ mean contrast of all strokes around it
 GAP = 2.5  # of the height: widest gap between two found parts of a line that is masked too
 MARGIN = 0.5  # of a line's height, grown on every side; at least 2 pixels
-LARGEST_MARKS = 4000  # components of one octave and polarity; the strongest are kept
+LARGEST_MARKS = 2000  # components of one octave and polarity; the strongest are kept
 
 
 def text_mask(volume: Volume) -> np.ndarray:

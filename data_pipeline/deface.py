@@ -28,6 +28,7 @@ NOSE = 0.045  # least height of the nose over the cheeks ÷ length
 NASION = 0.20  # from the tip of the nose up to its root ÷ length
 SHELL = 0.5  # share of the directions over the head in which a skull must be seen
 DEPTH = 0.20  # of the wedge, behind the nasion ÷ length
+THROAT = 0.40  # of the wedge below the tip of the nose at most, where the front recedes ÷ length
 CLEAR = 0.03  # below the nasion where the wedge begins, and its fall of 1 in 2 to the back ÷ length
 SKIN = 0.03  # thickness of what goes above the wedge ÷ length
 BROW = 0.09  # above the nasion up to which skin goes ÷ length
@@ -232,7 +233,7 @@ def _region(head: _Head, shape: tuple[int, ...], spacing: np.ndarray) -> np.ndar
     at = (np.arange(len(head.front)) + 0.5) * GRID
     front = np.interp(z, at, np.nan_to_num(head.front, nan=behind))
     lower = z < head.tip
-    reach[lower] = np.maximum(reach[lower], front[lower] + DEPTH * head.length)
+    reach[lower] = np.clip(front[lower] + DEPTH * head.length, reach[lower], behind + THROAT * head.length)
     fall = np.maximum(y - behind, 0) / 2
     wedge = (z[:, None] < level - CLEAR * head.length - fall) & (y < reach[:, None])
     depth = ndimage.distance_transform_edt(head.inside) * GRID
