@@ -17,7 +17,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from test_readers_real import HARD
+from test_readers_real import HARD, HARD_DICOM
 
 from data_pipeline.errors import Quarantined
 from data_pipeline.readers import decode, decode_all, read
@@ -83,7 +83,7 @@ def affine_of(image: sitk.Image) -> np.ndarray:
 
 
 def test_every_file_is_in_a_rows_reach(real_data: Path) -> None:
-    hard = [f"hard/{name}" for name, _, _ in HARD]
+    hard = [f"hard/{row[0]}" for row in (*HARD, *HARD_DICOM)]
     for path in real_data.rglob("*"):
         if not path.is_file():
             continue
