@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -35,9 +35,22 @@ SENTENCES = {
     "inverted": "MONOCHROME1 inverted",
     "shear": "sheared or tilted, resampled to right angles",
     "acquisitions_refused": "series of which some acquisitions were refused",
+    "frames_refused": "multi-frame images of which some frames were refused",
+    "objects_refused": "series of which some objects were refused",
+    "units_unknown": "NIfTI without units of length, millimetres taken",
+    "exif_orientation": "pictures turned as their EXIF orientation says",
+    "modality_lut": "modality LUT applied",
+    "voi_lut": "radiographs with the VOI LUT or window asked for",
     "pet_arbitrary": "PET without SUV, percentiles taken",
     "label_resampled": "labels resampled to the grid of the image",
     "label_image": "labels placed by the image's geometry",
+    "label_contours": "labels drawn from contours",
+    "contours_skipped": "contours that enclose no area (points, open ones), skipped",
+    "contours_repeated": "contours that were there twice, drawn once",
+    "contours_between_slices": "contours between the slices of their series, left out",
+    "slices_without_contour": "slices inside a structure without a contour, left empty",
+    "structures_without_contour": "structures without any contour",
+    "label_files_refused": "RTSTRUCT and SEG files refused for an image",
     "text_masked": "radiographs with burned-in text masked",
     "defaced": "heads whose face was hidden or removed",
     "no_face_found": "volumes in which no face was found, though deface was asked for",
@@ -122,15 +135,14 @@ def prepare(job: Job, settings: Settings) -> list[str]:
     return [refusal.code for refusal in refusals]
 
 
-def _noteworthy(volume: Volume, label: Label | None) -> Iterator[str]:
-    """Names of what was done to an input, for `SENTENCES`."""
-    yield from (name for name in SENTENCES if name in volume.provenance)
-    if any(c.modality == "PT" and c.units == "arbitrary" for c in volume.channels):
-        yield "pet_arbitrary"
+def _noteworthy(volume: Volume, label: Label | None) -> Counter[str]:
+    """What was done to an input, by names of `SENTENCES`: images once, parts of labels by number."""
+    found = Counter(name for name in SENTENCES if name in volume.provenance)
+    found["pet_arbitrary"] += any(c.modality == "PT" and c.units == "arbitrary" for c in volume.channels)
     if label is not None:
-        yield from label.notes
-        if label.placed != "grid":
-            yield f"label_{label.placed}"
+        found.update({name: int(count) for name, count in label.notes.items() if name in SENTENCES})
+        found[f"label_{label.placed}"] += label.placed != "grid"
+    return +found
 
 
 def _volumes(job: Job, seed: int) -> list[Volume]:
@@ -269,6 +281,7 @@ def _stage(
             "annotated": row["annotated"],
             "classes": row["classes"],
             "placed": label.placed,
+            "notes": dict(label.notes),
             "lost": {names[i]: share for i, share in label.lost.items()},
             "volume_change": {names[i]: share for i, share in label.volume_change.items()},
         }

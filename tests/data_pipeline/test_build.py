@@ -392,8 +392,10 @@ def test_the_real_scans(real_data: Path, tmp_path: Path) -> None:
     report = build_from_recipe(recipe, tmp_path / "o", root=real_data, progress=False)
     assert verify(report.out) == []
     manifest = Manifest.open(report.out)
-    assert report.quarantined == {"not_an_image": 2}  # the two RTSTRUCT
+    assert report.quarantined == {}
     assert report.notes["duplicates left out"] == 2  # STS_019 as DICOM is STS_019 as NIfTI
+    assert report.notes["labels drawn from contours"] == 2  # whose two RTSTRUCT come along
+    assert report.notes["labels added from duplicates"] == 2
     assert len(manifest.select(source="hippocampus")) == 200
     assert len(manifest.select(source="sarcoma", labelled=True)) == 24
     assert set(manifest.column("modality")) == {"CT", "MR", "PT", "XR"}
