@@ -6,6 +6,8 @@ RTSTRUCT and SEG, and files made to fail. One build with two workers, run as a u
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -29,7 +31,6 @@ from planted import (
 )
 from planted_dicom import (
     CHARSETS,
-    CLASSES,
     READ,
     every_element,
     multi_frame,
@@ -290,5 +291,8 @@ def test_the_unused_bits_are_gone(planted: tuple[Built, dict[str, int]]) -> None
     assert checked > 10
 
 
-def test_no_class_of_objects_was_forgotten() -> None:
-    assert set(CLASSES) == {"CT", "MR", "PT", "DX", "CR", "MG"}
+def test_names_of_structures_are_anatomy_or_hashes(planted: tuple[Built, dict[str, int]]) -> None:
+    """One ROI is called Liver; the other four and the two segments are called after the patient."""
+    labels = json.loads((planted[0].out / "dataset.json").read_text())["labels"].values()
+    assert sorted(name for name in labels if not re.fullmatch(r"roi_[0-9a-f]{12}", name)) == ["liver"]
+    assert len(labels) == 7

@@ -14,6 +14,7 @@ import blosc2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydicom
 import pytest
 from PIL import Image, PngImagePlugin
 from planted import (
@@ -34,7 +35,7 @@ from planted import (
     inside,
     leaks,
 )
-from planted_dicom import plant, save, true_header, voxels
+from planted_dicom import plant, put, save, true_header, voxels
 
 from data_pipeline import privacy
 from data_pipeline.build import build
@@ -158,6 +159,23 @@ def test_a_builder_that_keeps_one_element_is_caught(
     monkeypatch.undo()
     build([source], tmp_path / "sound", progress=False)
     assert leaks(tmp_path / "sound") == []
+
+
+def test_a_build_in_this_process_prints_nothing_of_a_header(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """pydicom warns of an unknown character set by quoting it, in discovery and in reading."""
+    header = true_header("CT", voxels(1), 0.0, "charset")
+    header.PatientName = NAME
+    put(header, 0x00080005, "CS", f"{FAMILY} {PATIENT}")
+    path = save(header, tmp_path / "in" / "a.dcm")
+    with pytest.warns(UserWarning, match=FAMILY):
+        str(pydicom.dcmread(path).PatientName)
+    capfd.readouterr()
+    build([SourceConfig(path=path.parent, name="s", layout="dicom")], tmp_path / "out", progress=True)
+    printed = "".join(capfd.readouterr())
+    assert printed
+    assert finds(printed.encode()) == []
 
 
 def _modules_with(name: str) -> list[object]:
