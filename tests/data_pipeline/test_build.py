@@ -395,7 +395,8 @@ def test_the_real_scans(real_data: Path, tmp_path: Path) -> None:
     assert report.quarantined == {}
     assert report.notes["duplicates left out"] == 2  # STS_019 as DICOM is STS_019 as NIfTI
     assert report.notes["labels drawn from contours"] == 2  # whose two RTSTRUCT come along
-    assert report.notes["labels added from duplicates"] == 2
+    assert report.notes["label conflicts between duplicates"] == 1  # that of MR is its mask to the voxel
+    assert list(manifest.info["labels"].values()) == ["Anterior", "Posterior", "gross tumour volume", "lungs"]
     assert len(manifest.select(source="hippocampus")) == 200
     assert len(manifest.select(source="sarcoma", labelled=True)) == 24
     assert set(manifest.column("modality")) == {"CT", "MR", "PT", "XR"}
