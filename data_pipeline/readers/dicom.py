@@ -63,7 +63,7 @@ def decode_all(
         return _decode(
             [read_header(file, with_pixels=True) for file in files], accept_secondary, shear, voi_lut
         )
-    except Quarantined:
+    except (Quarantined, MemoryError):
         raise
     except Exception as error:  # pydicom converts a value when it is first used: a damaged one fails anywhere
         raise Quarantined("unreadable", f"a header value: {type(error).__name__}") from error

@@ -20,6 +20,7 @@ from data_pipeline.readers import dicom_jpeg12
 from data_pipeline.readers.dicom_frames import Frame
 from data_pipeline.readers.dicom_kinds import listed
 from data_pipeline.readers.dicom_suv import suv_factor
+from data_pipeline.readers.raw import check_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -44,6 +45,7 @@ STANDARD_SYNTAXES = {
     "1.2.840.10008.1.2.8.1": "deflated image frames",
 }
 # fmt: on
+MOST_COMPRESSED = 1 << 16  # times; a constant image in JPEG 2000 comes near it
 VALUES = "PixelValueTransformationSequence"
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 RESCALE_LIMIT = 1e6
@@ -124,6 +126,9 @@ def _prepare(frames: Sequence[Frame], modality: str, voi_lut: bool) -> tuple[Pix
         notes["voi_lut"] = "applied" if shown else "none"
     if [ds for ds in datasets if _assume_syntax(ds)]:
         notes["transfer_syntax"] = "assumed"
+    for ds in datasets:
+        _check_syntax(ds.file_meta.TransferSyntaxUID)
+        _check_size(ds)
     real = luts or len(set(pairs)) > 1 or notes.get("voi_lut") == "applied"
     if len(set(pairs)) > 1:
         notes["rescale"] = "per slice"
@@ -175,9 +180,6 @@ def _stored(ds: Dataset) -> Iterator[np.ndarray]:
         ds.get("PhotometricInterpretation", "")
     ):
         raise Quarantined("colour", "more than one sample per pixel, or a palette")
-    if not any(name in ds for name in PIXELS):
-        raise Quarantined("no_pixel_data")
-    _check_syntax(ds.file_meta.TransferSyntaxUID)
     if ds.file_meta.TransferSyntaxUID in dicom_jpeg12.DECODER_DEPENDENCIES:
         dicom_jpeg12.register()
     from pydicom.pixels import iter_pixels
@@ -190,6 +192,8 @@ def _stored(ds: Dataset) -> Iterator[np.ndarray]:
             plane = next(planes)
         except StopIteration:
             return
+        except MemoryError:
+            raise
         except Exception as error:  # each decoder plugin raises its own
             text = str(error).lower()
             short = any(
@@ -214,14 +218,30 @@ def _assume_syntax(ds: Dataset) -> bool:
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     implicit, little = ds.original_encoding
-    size = len(ds.PixelData) if "PixelData" in ds else 0
-    plain = int(ds.Rows) * int(ds.Columns) * _dtype(ds).itemsize * int(ds.get("NumberOfFrames", 1) or 1)
-    if size not in (plain, plain + plain % 2):
+    plain = _voxels(ds) * _dtype(ds).itemsize
+    if _stored_size(ds) not in (plain, plain + plain % 2):
         raise Quarantined("unreadable", "no transfer syntax: the bytes of the pixels have no known meaning")
     ds.file_meta = FileMetaDataset() if meta is None else meta
     explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
     return True
+
+
+def _check_size(ds: Dataset) -> None:
+    """Refuse, before any memory is taken, an object that states more than its bytes can hold."""
+    stored = _stored_size(ds)
+    if not stored:
+        raise Quarantined("no_pixel_data")
+    shrink = MOST_COMPRESSED if ds.file_meta.TransferSyntaxUID.is_encapsulated else 1
+    check_size(_voxels(ds), _voxels(ds) * _dtype(ds).itemsize, stored, shrink)
+
+
+def _voxels(ds: Dataset) -> int:
+    return int(ds.Rows) * int(ds.Columns) * int(ds.get("NumberOfFrames", 1) or 1)
+
+
+def _stored_size(ds: Dataset) -> int:
+    return next((len(ds.get(name) or b"") for name in PIXELS if name in ds), 0)
 
 
 def _check_syntax(uid: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from dicom_files import ORIGIN, dataset, sequence_of, series_of
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from data_pipeline.errors import Quarantined
 from data_pipeline.readers import read, read_all
@@ -302,3 +303,20 @@ def test_a_single_slice_without_thickness_says_that_it_is_assumed(tmp_path: Path
     volume = read(saved(tmp_path / "a.dcm", values(), SliceThickness=None))
     assert volume.provenance["slice_thickness"] == "assumed"
     assert "slice_thickness" not in read(saved(tmp_path / "b.dcm", values())).provenance
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, RLELossless])
+def test_a_header_that_states_more_than_the_file_holds_takes_no_memory(tmp_path: Path, syntax: str) -> None:
+    ds = dataset(values(), ORIGIN, "1.2.3")
+    if syntax == RLELossless:
+        ds.compress(RLELossless)
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.Rows = ds.Columns = 65535
+    ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    tracemalloc.start()
+    with pytest.raises(Quarantined) as refused:
+        decode_all(tmp_path / "a.dcm")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.code == "truncated"
+    assert peak < 100e6
