@@ -122,7 +122,7 @@ class KeyedHash:
         Any number of processes may open one folder at once: all get the same key, whole. Raises `UserError`
         where the folder lies inside a dataset or cannot be used.
         """
-        for place in (private.resolve(), *private.resolve().parents):
+        for place in (private / KEY_FILE).resolve().parents:
             if (place / "manifest.parquet").exists() and (place / "dataset.json").exists():
                 raise UserError(
                     f"the private folder {private} lies inside the dataset {place}; choose another"

@@ -122,7 +122,9 @@ def test_a_key_is_never_kept_in_any_dataset(tmp_path: Path) -> None:
     for name in ("manifest.parquet", "dataset.json"):
         (tmp_path / "old" / name).touch()
     (tmp_path / "link").symlink_to(tmp_path / "old")
-    for inside in (tmp_path / "old", tmp_path / "old/deep/er", tmp_path / "link/private"):
+    (tmp_path / "sly").mkdir()
+    (tmp_path / "sly" / "hash.key").symlink_to(tmp_path / "old" / "key")
+    for inside in (tmp_path / p for p in ("old", "old/deep/er", "link/private", "sly")):
         with pytest.raises(UserError, match="inside the dataset"):
             KeyedHash.open(inside)
     assert sorted(p.name for p in (tmp_path / "old").iterdir()) == ["dataset.json", "manifest.parquet"]
