@@ -27,7 +27,7 @@ def b_value(frame: Frame) -> float | None:
     value = number(frame.get("DiffusionBValue", DIFFUSION))
     if value is not None or frame.dataset.get("Modality") != "MR":
         return value
-    if words(functional_directionality(frame)) == ["NONE"]:
+    if words(directionality(frame)) == ["NONE"]:
         return 0.0
     ds = frame.dataset
     for group, creator, offset in (
@@ -48,7 +48,7 @@ def b_value(frame: Frame) -> float | None:
     return None
 
 
-def functional_directionality(frame: Frame) -> Any:
+def directionality(frame: Frame) -> Any:
     """DiffusionDirectionality: DIRECTIONAL, BMATRIX, ISOTROPIC or NONE; None where absent."""
     return frame.get("DiffusionDirectionality", DIFFUSION)
 
@@ -97,7 +97,7 @@ def _rounded(*values: Any) -> Hashable:
 
 #: Parameters of an acquisition: frames that differ in one of them at one position are separate volumes.
 PARAMETERS: dict[str, Callable[[Frame], Hashable]] = {
-    "isotropic": lambda f: words(functional_directionality(f)) == ["ISOTROPIC"],
+    "isotropic": lambda f: words(directionality(f)) == ["ISOTROPIC"],
     "type": lambda f: tuple(words(f.get("FrameType", *FRAME_TYPES) or f.get("ImageType"))),
     "echo": lambda f: _rounded(f.get("EchoNumbers")),
     "echo_time": lambda f: _rounded(f.get("EffectiveEchoTime", ECHO), f.get("EchoTime")),

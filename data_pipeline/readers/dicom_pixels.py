@@ -99,7 +99,7 @@ def decode_all(
                 for v, n, frame in by_number.pop(number, ()):
                     target = results[v]
                     if isinstance(target, Pixels):
-                        _put(target, n, frame, plane, pairs[v][n], modality, voi_lut)
+                        _put(target, n, frame, plane, pairs[v][n], modality)
             if by_number:
                 raise Quarantined("truncated", f"{len(by_number)} frames are not there")
         except Quarantined as error:
@@ -140,9 +140,7 @@ def _prepare(frames: Sequence[Frame], modality: str, voi_lut: bool) -> tuple[Pix
     return Pixels(array, slope, intercept, units, None, notes), pairs
 
 
-def _put(
-    target: Pixels, n: int, frame: Frame, plane: np.ndarray, pair: Pair, modality: str, voi_lut: bool
-) -> None:
+def _put(target: Pixels, n: int, frame: Frame, plane: np.ndarray, pair: Pair, modality: str) -> None:
     """Place one decoded plane, with its padding, in a volume."""
     ds = frame.dataset
     if frame.tile is not None:
