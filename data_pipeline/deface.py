@@ -51,6 +51,8 @@ def face_mask(volume: Volume) -> np.ndarray | None:
     size = spacing * values.shape
     if size.min() < 100 or size[1] < LENGTH[0] or spacing.max() > 7:
         return None
+    if channel.modality == "MR" and (values < 0).mean() > 0.05:
+        return None  # no magnitude image: a phase, a difference, or a CT under a wrong name
     head = _find(values, spacing, channel.units == "HU")
     if head is None:
         return None

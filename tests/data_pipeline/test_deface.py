@@ -173,6 +173,7 @@ def test_other_modalities_and_unknown_sizes_have_no_mask() -> None:
     ):
         assert face_mask(replace(scan, channels=(channel,))) is None
     assert face_mask(replace(scan, spacing_source="assumed")) is None
+    assert face_mask(replace(scan, intercept=(-30.0,))) is None  # no magnitudes
     assert face_mask(scan_of(phantom("MR").values, "MR", (0.5, 0.5, 0.5))) is None
 
 
