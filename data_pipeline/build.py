@@ -25,7 +25,8 @@ from data_pipeline.complete import BuildReport, complete
 from data_pipeline.earlier import Earlier
 from data_pipeline.errors import UserError
 from data_pipeline.journal import Journal, Outcome, Refusal, fingerprint, write_whole
-from data_pipeline.layouts import Case, discover, relative
+from data_pipeline.layouts import Case, discover
+from data_pipeline.locations import files_below, relative
 from data_pipeline.manifest import FORMAT_VERSION
 from data_pipeline.place import Place
 from data_pipeline.privacy import KeyedHash, check_private
@@ -402,16 +403,12 @@ def _jobs(
 
 def _files(case: Case) -> dict[str, tuple[int, int]]:
     """{address: (bytes, time)} of every file of a case; a file that is not there has -1."""
-    paths = [*(case.files or case.images), *([case.label] if case.label is not None else [])]
-    paths += [label.path for label in case.dicom_labels]
+    named = [*(case.files or case.images), *([case.label] if case.label is not None else [])]
+    named += [label.path for label in case.dicom_labels]
     found = {}
-    for path in paths:
-        inside = (
-            sorted(p for p in path.rglob("*") if p.is_file())
-            if case.files is None and path.is_dir()
-            else [path]
-        )
-        for file in inside:
+    for path in named:
+        folder = case.files is None and path.is_dir()
+        for file in files_below(path) if folder else [path, *companions(path)]:
             try:
                 about = file.stat()
                 when = getattr(about, "st_mtime_ns", None) or int(about.st_mtime * 1e9)
