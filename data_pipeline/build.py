@@ -30,6 +30,7 @@ from data_pipeline.locations import files_below, relative
 from data_pipeline.manifest import FORMAT_VERSION
 from data_pipeline.place import Place
 from data_pipeline.privacy import KeyedHash, check_private
+from data_pipeline.readers import companions
 from data_pipeline.sample import Job, Settings, prepare
 from data_pipeline.sources import SourceConfig
 from data_pipeline.splits import FRACTIONS, check_fractions
