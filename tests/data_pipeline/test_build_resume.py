@@ -89,7 +89,7 @@ def test_killed_again_and_again_and_still_the_same_bytes(scans: Path, tmp_path: 
     expected = tree(whole(scans, tmp_path / "a"))
     private = share_key(tmp_path / "a-private", tmp_path / "b-private")
     kills = 0
-    for patience in np.arange(2.0, 60.0, 0.7):
+    for patience in np.arange(3.0, 60.0, 1.3):
         process = subprocess.Popen(
             command(scans, tmp_path / "b", private, "--workers", "2"),
             env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
