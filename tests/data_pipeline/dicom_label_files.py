@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from dicom_files import NORMAL, OBLIQUE, ORIGIN, sequence_of, series_of
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-
-from tests.data_pipeline.dicom_files import NORMAL, OBLIQUE, ORIGIN, sequence_of, series_of
 
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 FRAME = "1.2.826.0.1.77"

@@ -8,6 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from dicom_label_files import headers, images, seg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import JPEG2000Lossless, RLELossless
@@ -17,7 +18,6 @@ from data_pipeline.labels import DicomLabel, label_of
 from data_pipeline.layouts import Case, discover, read_case
 from data_pipeline.sources import SourceConfig
 from data_pipeline.volume import Volume
-from tests.data_pipeline.dicom_label_files import headers, images, seg
 
 SHAPE = (5, 12, 10)
 

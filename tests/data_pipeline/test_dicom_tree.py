@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import ORIGIN, dataset, series_of
+from dicom_label_files import contour, headers, images, rtstruct, seg
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
@@ -19,8 +21,6 @@ from data_pipeline.privacy import KeyedHash
 from data_pipeline.readers.dicom_kinds import refusal
 from data_pipeline.readers.dicom_series import Header, scan_headers, series_in
 from data_pipeline.sources import SourceConfig
-from tests.data_pipeline.dicom_files import ORIGIN, dataset, series_of
-from tests.data_pipeline.dicom_label_files import contour, headers, images, rtstruct, seg
 
 SQUARE = np.array([[2.5, 1.5], [2.5, 6.5], [8.5, 6.5], [8.5, 1.5]])
 PIXELS = np.arange(12, dtype=np.uint16).reshape(3, 4)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_label_files import contour, headers, images, rtstruct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
@@ -19,7 +20,6 @@ from data_pipeline.layouts import Case, discover, read_case
 from data_pipeline.privacy import KeyedHash
 from data_pipeline.rtstruct import fill
 from data_pipeline.sources import SourceConfig
-from tests.data_pipeline.dicom_label_files import contour, headers, images, rtstruct
 
 SQUARE = np.array([[2.5, 1.5], [2.5, 6.5], [8.5, 6.5], [8.5, 1.5]])  # rows 3 to 8, columns 2 to 6
 HOLE = np.array([[4.5, 2.5], [4.5, 4.5], [6.5, 4.5], [6.5, 2.5]])  # rows 5, 6, columns 3, 4
