@@ -122,8 +122,14 @@ def _inside(image: np.ndarray, ct: bool) -> np.ndarray | None:
 def _filled(body: np.ndarray) -> np.ndarray:
     """Filled in the planes of every axis: a skull opens downwards and an orbit forwards, none all round."""
     for axis in range(3):
-        planes = np.moveaxis(body, axis, 0)
-        body = np.moveaxis(np.stack([ndimage.binary_fill_holes(plane) for plane in planes]), 0, axis)
+        across = ndimage.generate_binary_structure(3, 1)
+        np.moveaxis(across, axis, 0)[::2] = False  # neighbours in a plane only
+        numbers, count = ndimage.label(~body, across)
+        outside = np.zeros(count + 1, bool)
+        for other in {0, 1, 2} - {axis}:
+            outside[np.take(numbers, (0, -1), other)] = True
+        outside[0] = False  # the body itself
+        body = ~outside[numbers]
     return body
 
 

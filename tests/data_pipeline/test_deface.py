@@ -65,8 +65,8 @@ def small() -> tuple[Volume, np.ndarray]:
         ("MR", (0, 0, 0), 0.97),
         ("CT", (15, 0, 0), 0.9),
         ("MR", (-15, 0, 0), 0.8),
-        ("CT", (0, 8, 0), 0.95),
-        ("MR", (0, 0, 10), 0.95),
+        pytest.param("CT", (0, 8, 0), 0.95, marks=pytest.mark.slow),
+        pytest.param("MR", (0, 0, 10), 0.95, marks=pytest.mark.slow),
     ],
 )
 def test_a_face_goes_and_no_brain(modality: str, turn: tuple[float, float, float], least: float) -> None:
