@@ -7,9 +7,11 @@ Dask because the same code then runs on the cores of this machine and on any clu
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +54,7 @@ class Pool:
 
     def __init__(self, client: Any = None) -> None:
         self.client = client
+        self._last, self._asked = 1, -math.inf
 
     def ordered(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Results in the order of the arguments; a call that keeps ending its worker is a `UserError`."""
@@ -109,7 +112,7 @@ class Pool:
         queue = as_completed(loop=self.client.loop, with_results=False, raise_errors=False)
 
         def hand_out() -> None:
-            while waiting and len(running) < max(1, self._threads()):
+            while waiting and len(running) < 2 * max(1, self._threads()):  # one waits at the scheduler
                 n = waiting.popleft()
                 future = self.client.submit(function, *arguments[n], pure=False, retries=0)
                 running[future] = n
@@ -132,8 +135,10 @@ class Pool:
                 future.cancel()
 
     def _threads(self) -> int:
-        info = self.client.scheduler_info(n_workers=-1)["workers"]
-        self._last = sum(w["nthreads"] for w in info.values()) or getattr(self, "_last", 1)
+        if time.monotonic() > self._asked + 1.0:  # a question to the scheduler, too slow for every scan
+            info = self.client.scheduler_info(n_workers=-1)["workers"]
+            self._last = sum(w["nthreads"] for w in info.values()) or self._last
+            self._asked = time.monotonic()
         return self._last
 
 
@@ -190,7 +195,7 @@ def pool(workers: int, scheduler: str | None = None) -> Iterator[Pool]:
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes started at the beginning of the block do not hear Ctrl-C; this one hears it a moment later."""
+    """Processes started as the block begins do not hear Ctrl-C; this one hears it a moment later."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
