@@ -63,9 +63,9 @@ OTHERS = {  # objects that are no images -> SOP class
 def whole(root: Path) -> int:
     """Series that must be read: every modality, every character set. Returns their number."""
     series = [("CT", charset) for charset in CHARSETS]
-    series += [(m, c) for m, c in zip(("MR", "PT", "DX", "CR", "MG"), [*CHARSETS, *CHARSETS])]
+    series += [(m, c) for m, c in zip(("MR", "PT", "DX", "MG"), [*CHARSETS, *CHARSETS])]
     for n, (modality, charset) in enumerate(series):
-        for z in range(2 if modality in ("CT", "MR", "PT") else 1):
+        for z in range(2 if n == 0 else 1):
             array = unused_bits(voxels(10 * n + z))
             header = plant(true_header(modality, array, 2.0 * z, f"{modality} {charset}"), charset)
             name = f"{FAMILY}^{GIVEN}_{DATE}_{n}_{z}.dcm"
@@ -237,13 +237,12 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Built, dict[str, 
     return run_build({"sources": sources}, tmp_path_factory.mktemp("out")), expected
 
 
-def test_the_planting_is_complete() -> None:
+def test_the_planting_is_complete(tmp_path: Path) -> None:
     """Nearly every element of the dictionary is planted, and a file of it is full of finds."""
     assert len(every_element()) + len(READ) > 5000
-    for charset in CHARSETS:
-        header = plant(true_header("CT", voxels(1), 0.0, "x"), charset)
-        missing = [e.keyword for e in every_element() if e.tag not in header]
-        assert not missing
+    header = plant(true_header("CT", voxels(1), 0.0, "x"), "unicode")
+    assert not [e.keyword for e in every_element() if e.tag not in header]
+    assert len(finds(save(header, tmp_path / "a.dcm").read_bytes())) > 20
 
 
 def test_the_build_reads_what_it_should(planted: tuple[Built, dict[str, int]]) -> None:
