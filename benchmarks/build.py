@@ -11,8 +11,8 @@ Prints a table, then one JSON object. The same gzipped NIfTI scans with labels g
 
 One thread a process. Processes are started and have imported what they need before the clock runs, for both;
 `startup_s` is what that takes for a build. Rounds are interleaved, medians reported, and `ratio_to_nnunet` is
-the smaller of the ratios with one and with two processes. With `--quick`, nnU-Net takes a third of the scans
-(as many of each kind), once. It is no dependency of medfm; where it is not installed
+the smaller of the ratios with one and with two processes. With `--quick`, nnU-Net takes a quarter of the scans
+(as many of each kind), and there is one round. It is no dependency of medfm; where it is not installed
 (`pip install -e '.[bench]'`) its figures are null.
 """
 
@@ -315,11 +315,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of shared scans, measured after the synthetic ones")
     parser.add_argument("--scans", type=int, help="number of synthetic volumes")
     parser.add_argument("--side", type=int, help="their side in voxels")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=int, help="interleaved rounds to take the median of")
     args = parser.parse_args()
-    count, side = args.scans or (18 if args.quick else 30), args.side or (128 if args.quick else 192)
-    rounds = args.rounds or (2 if args.quick else 5)
-    part, peer_rounds = (count // 3, 1) if args.quick else (count, 2)
+    count, side = args.scans or (24 if args.quick else 36), args.side or (128 if args.quick else 192)
+    rounds = args.rounds or (1 if args.quick else 5)
+    part, peer_rounds = (count // 4, 1) if args.quick else (count, 2)
     if find_spec("nnunetv2") is None:
         print("nnU-Net is not installed here: pip install -e '.[bench]' to compare with it")
     with tempfile.TemporaryDirectory() as name:
