@@ -11,8 +11,8 @@ Prints a table, then one JSON object. The same gzipped NIfTI scans with labels g
 
 One thread a process. Processes are started and have imported what they need before the clock runs, for both;
 `startup_s` is what that takes for a build. Rounds are interleaved, medians reported, and `ratio_to_nnunet` is
-the smaller of the ratios with one and with two processes. With `--quick`, nnU-Net takes a quarter of the scans
-(as many of each kind), and there is one round. It is no dependency of medfm; where it is not installed
+the smaller of the ratios with one and with two processes. With `--quick`, nnU-Net takes a quarter of the
+scans (as many of each kind), and there is one round. It is no dependency of medfm; where it is not installed
 (`pip install -e '.[bench]'`) its figures are null.
 """
 
