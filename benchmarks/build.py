@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, help="their side in voxels")
     parser.add_argument("--rounds", type=int, help="interleaved rounds to take the median of")
     args = parser.parse_args()
-    count, side = args.scans or (24 if args.quick else 36), args.side or (128 if args.quick else 192)
+    count, side = args.scans or (12 if args.quick else 36), args.side or (160 if args.quick else 192)
     rounds = args.rounds or (1 if args.quick else 5)
     part, peer_rounds = (count // 4, 1) if args.quick else (count, 2)
     if find_spec("nnunetv2") is None:

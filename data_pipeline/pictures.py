@@ -80,5 +80,5 @@ def side_by_side(pictures: Sequence[Image.Image], columns: int, gap: int = 4) ->
 def png(picture: Image.Image) -> bytes:
     """PNG bytes, the same for the same picture."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()

@@ -134,7 +134,7 @@ class Written:
 def write_shard(plan: ShardPlan, out: Place, scratch: Path) -> Written:
     """Write one tar in `scratch` and move it to `out`. Members' bytes are checked on the way."""
     path = scratch / f"{plan.name}.{os.getpid()}"
-    with path.open("wb") as file:
+    with path.open("wb", buffering=1 << 20) as file:
         hashed = _Hashed(file)
         with _tar(hashed) as tar:
             for sample in plan.samples:
