@@ -9,6 +9,7 @@ the byte. Started again on a finished dataset it reads only what is new or chang
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -116,7 +117,7 @@ def build(
         jobs = _jobs(cases, hashes, ids, options)
         if part is not None:
             jobs = [job for job in jobs if int(job.key[:8], 16) % part[1] == part[0] - 1]
-        known = earlier.known({job.key: (job.number, job.fingerprint) for job in jobs}, retry)
+        known = earlier.known(jobs, retry)
         _check_missing(earlier, {job.key for job in jobs}, drop_missing)
         settings = Settings(journal, ids, exact, seed, level_min_voxels)
         outcomes = _read([job for job in jobs if job.key not in known], settings, hands, shown)
@@ -129,7 +130,8 @@ def build(
             return _finish_part(journal, jobs, outcomes, BuildReport(place.root, private, part=part), started)
         shown.stage("writing shards")
         report = complete(outcomes, known, earlier, journal, place, private, about, hands, shown.count)
-    shutil.rmtree(journal.folder)
+        finished = _set_aside(journal.folder)
+    shutil.rmtree(finished)
     report.seconds = time.monotonic() - started
     return report
 
@@ -143,7 +145,8 @@ def merge(
     scheduler: str | None = None,
     progress: bool = True,
 ) -> BuildReport:
-    """Complete the dataset of which every part has been read (`build(..., part=(i, N))`).
+    """Complete the dataset of which every part has been read (`build(..., part=(i, N))`), and delete the
+    parts.
 
     `parts` are their work folders; by default those in the private folder. Raises `UserError` where a part is
     missing, unfinished, or of another build.
@@ -151,22 +154,45 @@ def merge(
     started = time.monotonic()
     place, private = Place(out), _private(out, private)
     hashes = KeyedHash.open(private)
-    folders = [Path(p) for p in parts] or sorted(private.glob("work-*-of-*"))
-    journals = [Journal(folder) for folder in folders]
-    about = _check_parts(journals, hashes)
     main = Journal(_work(None, private, None))
-    with _lock(main.folder), pool(workers, scheduler) as hands, Progress(progress) as shown:
-        if place.size("dataset.json") is not None:
-            raise UserError(f"{place} is complete; merge builds a new dataset: give another --out")
-        main.open(about)
-        outcomes = [outcome for journal in journals for outcome in _outcomes(journal)]
-        _check_undecided(outcomes)
-        shown.stage("writing shards")
-        report = complete(outcomes, {}, Earlier(place), main, place, private, about, hands, shown.count)
-    for journal in [main, *journals]:
-        shutil.rmtree(journal.folder)
+    merged = main.folder / "merged.json"
+    folders = [Path(os.path.abspath(p)) for p in parts] or sorted(private.glob("work-*-of-*"))
+    with _lock(main.folder):
+        there = place.size("dataset.json") is not None
+        if merged.is_file() or (there and not any(map(os.path.exists, folders))):
+            report = _merged_before(place, private)
+        else:
+            journals = [Journal(folder) for folder in folders]
+            about = _check_parts(journals, hashes)
+            if not there:
+                _check_strangers(place)
+            elif not (main.folder / "build.json").is_file() or main.about() != about:
+                raise UserError(f"{place} is complete; merge builds a new dataset: give another --out")
+            main.open(about)
+            outcomes = [outcome for journal in journals for outcome in _outcomes(journal)]
+            _check_undecided(outcomes)
+            with pool(workers, scheduler) as hands, Progress(progress) as shown:
+                shown.stage("writing shards")
+                report = complete(
+                    outcomes, {}, Earlier(place), main, place, private, about, hands, shown.count
+                )
+            write_whole(merged, json.dumps([os.fspath(folder) for folder in folders]).encode())
+        for folder in json.loads(merged.read_text()) if merged.is_file() else ():
+            shutil.rmtree(folder, ignore_errors=True)
+        finished = _set_aside(main.folder)
+    shutil.rmtree(finished)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _merged_before(place: Place, private: Path) -> BuildReport:
+    """The report of a merge that was cut off as or after it deleted its parts."""
+    info = json.loads(place.read("dataset.json"))
+    counts = info["counts"]
+    return BuildReport(
+        place.root, private, counts["samples"], len(info["shards"]),
+        counts=counts["by"], quarantined=counts["refused"], notes=counts["notes"],
+    )  # fmt: skip
 
 
 def build_from_recipe(
@@ -243,19 +269,28 @@ def _private(out: str | Path, private: Path | None) -> Path:
 
 def _work(work: Path | None, private: Path, part: tuple[int, int] | None) -> Path:
     """The work folder; of a part, one of its own."""
+    base = Path(os.path.abspath(work)) if work is not None else private
     if part is None:
-        return Path(os.path.abspath(work)) if work is not None else private / "work"
+        return base / "work"  # below what was named, since it is deleted in the end
     number, count = part
     if not 1 <= number <= count:
         raise UserError(f"--part {number}/{count}: parts are numbered from 1 to N, as 3/16")
-    base = Path(os.path.abspath(work)) if work is not None else private
     return base / f"work-{number:04d}-of-{count:04d}"
+
+
+def _set_aside(folder: Path) -> Path:
+    """Give a work folder that is no longer needed its name for deletion; half of one, left by a kill, would
+    be taken for a build to go on with."""
+    finished = folder.with_name(f"finished-{folder.name}")
+    os.replace(folder, finished)
+    return finished
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the work folder; a second build of it would write between the lines of the first."""
     try:
+        shutil.rmtree(folder.with_name(f"finished-{folder.name}"), ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
     except OSError as error:
@@ -288,17 +323,12 @@ def _earlier(
     part: tuple[int, int] | None,
 ) -> Earlier:
     """The dataset that is there, if it is one of ours and asked for in the same way."""
-    before = journal.folder / "before"
-    before.mkdir(exist_ok=True, mode=0o700)
+    address = hashlib.blake2b(os.fsencode(place.address), digest_size=8).hexdigest()
+    before = journal.folder / "before" / address
+    before.mkdir(parents=True, exist_ok=True, mode=0o700)
     earlier = Earlier.open(place, private / "index.jsonl", before)
     if not earlier:
-        strangers = [
-            n for n in place.names() if not n.endswith((".tar", ".partial", ".jsonl", ".parquet", ".html"))
-        ]
-        if strangers:
-            raise UserError(
-                f"{place} exists and holds other files ({strangers[0]}); choose another --out or empty it"
-            )
+        _check_strangers(place)
         return earlier
     if part is not None:
         raise UserError(f"{place} is complete; --part builds a new dataset, add to this one without it")
@@ -313,6 +343,15 @@ def _earlier(
                 "; give another --out, or the same value"
             )
     return earlier
+
+
+def _check_strangers(place: Place) -> None:
+    """Nothing but what a build that was cut off may have left is where a new dataset goes."""
+    ours = (".tar", ".partial", ".jsonl", ".parquet", ".html")
+    if strangers := [name for name in place.names() if not name.endswith(ours)]:
+        raise UserError(
+            f"{place} exists and holds other files ({strangers[0]}); choose another --out or empty it"
+        )
 
 
 def _check_missing(earlier: Earlier, wanted: Collection[str], drop: bool) -> None:
@@ -423,7 +462,7 @@ def _read(jobs: Sequence[Job], settings: Settings, hands: Pool, shown: Progress)
     """Outcomes of the jobs, in their order: recorded ones, and the rest read by the workers."""
     journal = settings.journal
     done = journal.done()
-    before = {j.key: journal.outcome(j.key, j.fingerprint) for j in jobs if done.get(j.key) == j.fingerprint}
+    before = {j.key: _recorded(journal, j) for j in jobs if (j.key, j.fingerprint) in done}
     todo = [job for job in jobs if job.key not in before or not journal.holds(before[job.key])]
     shown.stage("reading", len(jobs), len(jobs) - len(todo))
     kills = journal.kills()
@@ -442,7 +481,13 @@ def _read(jobs: Sequence[Job], settings: Settings, hands: Pool, shown: Progress)
             codes = ["kills_workers"]
         shown.read(job.size, codes)
     read = {job.key for job in todo}
-    return [journal.outcome(j.key, j.fingerprint) if j.key in read else before[j.key] for j in jobs]
+    return [_recorded(journal, job) if job.key in read else before[job.key] for job in jobs]
+
+
+def _recorded(journal: Journal, job: Job) -> Outcome:
+    """The outcome of a job, with the place and split that the case has now: they change without the case."""
+    outcome = journal.outcome(job.key, job.fingerprint)
+    return replace(outcome, number=job.number, split=job.case.split)
 
 
 DONE = "done.json"
@@ -452,7 +497,8 @@ def _finish_part(
     journal: Journal, jobs: Sequence[Job], outcomes: Sequence[Outcome], report: BuildReport, started: float
 ) -> BuildReport:
     """Note that a part is read to its end, and which outcomes are its own."""
-    write_whole(journal.folder / DONE, json.dumps({job.key: job.fingerprint for job in jobs}).encode())
+    own = {job.key: [job.fingerprint, job.number, job.case.split] for job in jobs}
+    write_whole(journal.folder / DONE, json.dumps(own).encode())
     report.read = len(outcomes)
     report.samples = sum(len(o.samples) for o in outcomes)
     report.quarantined = dict(Counter(r.code for o in outcomes for r in o.refusals))
@@ -462,7 +508,10 @@ def _finish_part(
 
 def _outcomes(journal: Journal) -> list[Outcome]:
     cases = json.loads((journal.folder / DONE).read_text())
-    return [journal.outcome(key, fingerprint) for key, fingerprint in cases.items()]
+    return [
+        replace(journal.outcome(key, fingerprint), number=number, split=split)
+        for key, (fingerprint, number, split) in cases.items()
+    ]
 
 
 def _check_parts(journals: Sequence[Journal], hashes: KeyedHash) -> dict[str, Any]:

@@ -93,6 +93,8 @@ def complete(
     everything = [*outcomes, *(case.outcome for case in known.values())]
     if not samples:
         counts = dict(Counter(r.code for o in everything for r in o.refusals))
+        if earlier:
+            raise UserError(f"no sample would be left in {out}: {counts}; delete it if that is what is meant")
         raise UserError(f"no input could be used: {counts}; {_index(private, everything, known)} says why")
 
     stays, to_write = earlier.staying(samples)
@@ -102,6 +104,11 @@ def complete(
     written = _write(plans, out, journal, pool, progress)
     rows = stays + [row for shard in written for row in shard.rows]
     entries = [old[name] for name in sorted({row["shard"] for row in stays})] + [w.entry for w in written]
+    for entry in entries:
+        if out.size(entry["name"]) != entry["size"]:
+            raise UserError(
+                f"{out}/{entry['name']} is missing or cut short; restore it, or build into another --out"
+            )
 
     inputs = {o.input for o in outcomes}
     left_out = merged.left_out + [
@@ -112,8 +119,12 @@ def complete(
     report.quarantined = dict(Counter(r.code for o in everything for r in o.refusals))
     report.notes = {**about["left_out"], **_notes(rows, everything, left_out), **notes}
     report.sizes = _sizes(rows)
-    _describe(out, rows, entries, everything, left_out, report, about)
-    _index(private, everything, known, {row["key"] for row in rows})
+    files = _describe(out, rows, entries, everything, left_out, report, about)
+    _index(
+        private, everything, known, {row["key"] for row in rows}
+    )  # a dataset without it cannot be added to
+    for name, data in files.items():
+        out.write(name, data)
     planned = {entry["name"] for entry in entries}
     for name in out.names():  # shards of an earlier state, and what a killed build left half-written
         if (SHARD_NAME.fullmatch(name) and name not in planned) or (
@@ -200,8 +211,8 @@ def _describe(
     left_out: Sequence[dict[str, str]],
     report: BuildReport,
     about: Mapping[str, Any],
-) -> None:
-    """Manifest, quarantine, duplicates, report; then `dataset.json`, which names the hash of each."""
+) -> dict[str, bytes]:
+    """Manifest, quarantine, duplicates, report; last `dataset.json`, which names the hash of each."""
     refused = [
         {"input": o.input, "source": o.source, "what": r.what, "code": r.code}
         | ({"detail": r.detail} if r.detail else {})
@@ -231,9 +242,7 @@ def _describe(
     manifest = Manifest.of(out.root, files["manifest.parquet"], info)
     files["report.html"] = report_html(manifest, refused, left_out).encode()
     info["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    for name, data in files.items():
-        out.write(name, data)
-    out.write("dataset.json", dataset_json(info))
+    return {**files, "dataset.json": dataset_json(info)}
 
 
 def dataset_json(info: Mapping[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.journal import Outcome, Refusal, write_whole
 from data_pipeline.manifest import FORMAT_VERSION, MEMBERS, SCHEMA
 from data_pipeline.place import Place
+from data_pipeline.sample import Job
 from data_pipeline.shard_writer import Piece, Staged
 
 LOCATION = ("shard", *(f"{member}_{what}" for member in MEMBERS for what in ("offset", "size")))
@@ -52,12 +53,12 @@ class Earlier:
         Its descriptions are copied to `scratch` first: the build may be cut off while it replaces them, and
         what is there then must not be taken for the start.
         """
+        if place.size(FILES[0]) is None:  # also where a copy is left of a dataset deleted since
+            return cls(place)
         if not (scratch / FILES[0]).is_file():
-            if place.size(FILES[0]) is None:
-                return cls(place)
-            for name in reversed(FILES):
-                write_whole(scratch / name, place.read(name))
             write_whole(scratch / "index.jsonl", index.read_bytes() if index.is_file() else b"")
+            for name in reversed(FILES):  # dataset.json last: with it the copy is whole
+                write_whole(scratch / name, place.read(name))
         found = cls(place, json.loads((scratch / FILES[0]).read_text()))
         if found.info.get("format_version") != FORMAT_VERSION:
             raise UserError(
@@ -72,10 +73,10 @@ class Earlier:
         found.index = {entry["key"]: entry for entry in map(json.loads, lines)}
         lines = (scratch / "duplicates.jsonl").read_text().splitlines()
         found.left_out = [json.loads(line) for line in lines]
-        if found.rows and not found.index:
+        if found.rows.keys() != {key for entry in found.index.values() for key in entry["keys"]}:
             raise UserError(
                 f"{place}: is complete, but the private folder has no index.jsonl of it; give the "
-                "--private folder it was built with, or another --out"
+                "--private folder it was built with (one for each dataset), or another --out"
             )
         return found
 
@@ -87,42 +88,31 @@ class Earlier:
         """Label ids that stay what they are."""
         return {name: int(i) for i, name in self.info.get("labels", {}).items()}
 
-    def known(self, wanted: Mapping[str, tuple[int, str]], retry: bool = False) -> dict[str, Known]:
-        """Cases of `wanted` (key: number, fingerprint) that need no reading; with `retry` refused ones do."""
+    def known(self, jobs: Iterable[Job], retry: bool = False) -> dict[str, Known]:
+        """Cases of `jobs`, by key, that need no reading; with `retry` refused ones do."""
         found = {}
-        for key, (number, fingerprint) in wanted.items():
-            entry = self.index.get(key)
-            if entry is None or entry["fingerprint"] != fingerprint or (retry and entry["refusals"]):
+        for job in jobs:
+            entry = self.index.get(job.key)
+            if entry is None or entry["fingerprint"] != job.fingerprint or (retry and entry["refusals"]):
                 continue
-            outcome = Outcome(
-                number=number,
-                refusals=tuple(Refusal(**r) for r in entry["refusals"]),
-                paths=tuple(entry["paths"]),
-                **{
-                    name: entry[name]
-                    for name in ("key", "fingerprint", "input", "subject_hash", "source", "subject", "split")
-                },
-                label=entry["label"],
-                notes=entry["notes"],
-            )
+            refusals = tuple(Refusal(**r) for r in entry["refusals"])
             hashes = tuple((h[0], h[1]) for h in entry["hashes"])
-            found[key] = Known(outcome, hashes, tuple(k for k in entry["keys"] if k in self.rows))
+            keys = tuple(k for k in entry["keys"] if k in self.rows)
+            found[job.key] = Known(job.outcome(refusals=refusals, notes=entry["notes"]), hashes, keys)
         return found
 
     def touched(self, known: Mapping[str, Known], read: Collection[str]) -> set[str]:
         """Known cases that have to be read after all: copies of an image of which another copy was read now
-        (content hashes in `read`), or was there before and is known no more. Their labels may join anew.
+        (content hashes in `read`), was there before and is known no more, or has to be read for the same
+        reason. Their labels may join anew.
         """
-        owners: dict[str, set[str]] = defaultdict(set)
-        for key, entry in self.index.items():
-            for content, _ in entry["hashes"]:
-                owners[content].add(key)
-        return {
-            key
-            for key, case in known.items()
-            for content, _ in case.hashes
-            if content in read or any(other not in known for other in owners[content])
-        }
+        images = {key: {content for content, _ in entry["hashes"]} for key, entry in self.index.items()}
+        changed = set(read).union(*(images[key] for key in images.keys() - known.keys()))
+        found: set[str] = set()
+        while more := {key for key in known.keys() - found if images[key] & changed}:
+            found |= more
+            changed.update(*(images[key] for key in more))
+        return found
 
     def missing(self, wanted: Collection[str]) -> list[dict[str, Any]]:
         """Private records of cases with samples that are not among `wanted` keys."""

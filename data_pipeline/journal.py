@@ -2,10 +2,11 @@
 
     WORK/build.json                        options, sources and label ids of the build; which part this is
     WORK/cases/3f/3f0c….FINGERPRINT.json   the outcome of one case, written whole, after its frames
-    WORK/frames/3f/3f0c….0.image           Blosc2 frames waiting for their shard
+    WORK/frames/3f/3f0c….FINGERPRINT.0.image   Blosc2 frames waiting for their shard
     WORK/kills.jsonl                       cases that ended a worker while it read nothing else
     WORK/shards/NAME.json                  shards that are finished
-    WORK/before/                           manifest and description of the dataset that is being added to
+    WORK/before/                           manifest and description of each dataset that is being added to
+    WORK/merged.json                       parts that are in the dataset and may be deleted
 
 A fingerprint covers the input's files (name, size, time) and everything stated about them, so that a changed
 scan or recipe is read again and nothing else is. The folder holds real paths and patient images: it lies in
@@ -85,22 +86,20 @@ class Journal:
             ) from error
         return found
 
-    def done(self) -> dict[str, str]:
-        """Fingerprint of every case with an outcome, by key. Where a case has two, the newer counts."""
-        found: dict[str, tuple[float, str]] = {}
+    def done(self) -> set[tuple[str, str]]:
+        """Key and fingerprint of every outcome."""
+        found = set()
         for entry in _entries(self.folder / "cases"):
             key, _, rest = entry.name.partition(".")
             if rest.endswith(".json"):
-                when = entry.stat().st_mtime_ns
-                if key not in found or found[key][0] < when:
-                    found[key] = when, rest[: -len(".json")]
-        return {key: fingerprint for key, (_, fingerprint) in found.items()}
+                found.add((key, rest.removesuffix(".json")))
+        return found
 
-    def stage(self, key: str, frame: int, member: str, data: bytes) -> Piece:
+    def stage(self, key: str, fingerprint: str, frame: int, member: str, data: bytes) -> Piece:
         """Keep one Blosc2 frame until its shard is written."""
         folder = self.folder / "frames" / key[:2]
         folder.mkdir(exist_ok=True, mode=0o700)
-        name = f"{key}.{frame}.{member}"
+        name = f"{key}.{fingerprint}.{frame}.{member}"
         write_whole(folder / name, data)
         return Piece(str(folder), name, len(data), check=checksum(data))
 

@@ -222,7 +222,7 @@ def _stage(
         arrays["hide"] = hidden[None].astype(np.uint8)
     frames = {
         name: settings.journal.stage(
-            job.key, frame, name, encode(array, chunk_shape(array.shape, kind, axes))
+            job.key, job.fingerprint, frame, name, encode(array, chunk_shape(array.shape, kind, axes))
         )
         for name, array in arrays.items()
     }

@@ -264,10 +264,7 @@ def _run(argv: Sequence[str]) -> int:
         raise _user_error(f"`medfm {argv[0]}` is not in this version yet; {NOT_YET[argv[0]]}")
     top = parser()
     args, extra = top.parse_known_args(_joined(argv))
-    takes_fields = (
-        args.command in ("pretrain", "finetune", "launch") or getattr(args, "action", "") == "build"
-    )
-    if extra and not takes_fields:
+    if extra and args.command not in ("pretrain", "finetune", "launch"):
         top.error(f"{extra[0]!r} is not known to `medfm {args.command}`")
     if args.command == "launch" and args.where in LAUNCHERS_NOT_YET:
         raise _user_error(
