@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -45,15 +45,21 @@ def dicom_tree(find: Discovery, *, count_others: bool = True) -> list[Case]:
     series, twice = series_in(h for h in headers if h.references is None)
     find.count("files stored twice", twice)
 
-    joined: dict[str, list[DicomLabel]] = defaultdict(list)
+    joined: dict[Location, list[DicomLabel]] = defaultdict(list)  # by the first file of a series
     refused = []
     for header in sorted(labels.values(), key=lambda h: str(h.path)):
         try:
             for one, label in _join(find, header, series):
-                joined[one.uid].append(replace(label, annotator=len(joined[one.uid])))
+                own = joined[one.files[0]]
+                own.append(replace(label, annotator=len(own)))
         except Quarantined as error:
             refused.append(_refused(find, header.path, header.patient or header.study, error.at(header.path)))
-    cases = [case for one in series for case in _cases(find, one, tuple(joined[one.uid]))]
+    uses = Counter((one.uid, one.patient) for one in series)
+    cases = [
+        case
+        for one in series
+        for case in _cases(find, one, tuple(joined[one.files[0]]), uses[one.uid, one.patient] > 1)
+    ]
     refused += [_refused(find, h.path, "", h.bad) for h in headers if h.bad is not None]
     return cases + sorted(refused, key=lambda case: str(case.images[0]))
 
@@ -71,7 +77,7 @@ def _headers(find: Discovery, paths: list[Location]) -> list[Header]:
     return [header for batch in each(scan_headers, batches) for header in batch]
 
 
-def _cases(find: Discovery, series: Series, labels: tuple[DicomLabel, ...]) -> Iterator[Case]:
+def _cases(find: Discovery, series: Series, labels: tuple[DicomLabel, ...], shared: bool) -> Iterator[Case]:
     # Radiographs of one series (frontal, lateral) are images of their own.
     separate = series.modality == "XR" and series.code is None
     for files in [(path,) for path in series.files] if separate else [series.files]:
@@ -83,7 +89,7 @@ def _cases(find: Discovery, series: Series, labels: tuple[DicomLabel, ...]) -> I
             subject=series.patient or series.study or top.name,
             split=None,
             modality=(series.modality,) if series.modality else (),
-            series=series.uid,
+            series=" ".join([series.uid, series.study, series.code or ""]) if shared else series.uid,
             files=files,
             name=stem(top),
             dicom_labels=labels if series.code is None else (),
@@ -109,6 +115,7 @@ def _join(find: Discovery, header: Header, series: list[Series]) -> Iterator[tup
     refers = header.references
     images = [one for one in series if one.code is None]
     matched = _matching(refers, images)
+    matched = [one for one in matched if one.patient == header.patient] or matched
     if not matched:
         raise Quarantined("label_no_image", f"{len(refers.structures)} structures")
     structures = _wanted(find, refers.structures)

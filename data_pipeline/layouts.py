@@ -32,10 +32,10 @@ class Case:
     ``modality`` holds one entry per channel, or is empty where the DICOM header decides. ``label_values``
     maps a value of the label file to a name; ``label_regions`` maps a name to all its values (overlaps
     allowed); ``annotated`` are the names that were looked for; values in ``ignore`` are neither class nor
-    background. ``series`` is the UID of a DICOM series and ``files`` its slices. ``sequence`` is the MR
-    sequence where a dataset file or the recipe says it. ``dicom_labels`` are the RTSTRUCT and SEG files that
-    refer to the series. ``refused`` is set where discovery can tell already that the input is no image; it
-    is to be quarantined, not read.
+    background. ``series`` tells the DICOM series of one subject apart (by UID) and ``files`` are its slices.
+    ``sequence`` is the MR sequence where a dataset file or the recipe says it. ``dicom_labels`` are the
+    RTSTRUCT and SEG files that refer to the series. ``refused`` is set where discovery can tell already that
+    the input is no image; it is to be quarantined, not read.
     """
 
     source: str

@@ -405,8 +405,9 @@ def _is_dicom(path: Path) -> bool:
         return True
     if name.endswith(SUFFIXES):
         return False
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    from data_pipeline.readers.dicom_series import claims_dicom
+
+    return claims_dicom(path)
 
 
 def _modality_of(modality: str | Sequence[str] | None, channel: int) -> str | None:

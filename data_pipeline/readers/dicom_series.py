@@ -29,6 +29,7 @@ BARE = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
 class Header:
     """What discovery needs of one DICOM file. All but ``modality`` and ``code`` identifies: memory only.
 
+    ``number`` is the SeriesNumber, which stands in for a SeriesInstanceUID that was removed.
     ``instance`` tells slices apart (SOPInstanceUID, number and position): a file stored twice has it twice.
     ``code`` is why the object is no image, or None; ``bad`` is set where the file cannot be read.
     ``references`` are those of an RTSTRUCT or SEG.
@@ -41,6 +42,7 @@ class Header:
     sop: str = ""
     instance: str = ""
     frame_of_reference: str = ""
+    number: str = ""
     modality: str | None = None
     code: str | None = None
     references: References | None = None
@@ -49,7 +51,8 @@ class Header:
 
 @dataclass(frozen=True)
 class Series:
-    """Files of one SeriesInstanceUID that are images, or that are none for one reason: ``code``.
+    """Files of one SeriesInstanceUID, study and patient that are images, or that are none for one reason:
+    ``code``.
 
     ``instances`` and ``frames_of_reference`` are the UIDs by which labels find it. The UIDs identify: memory
     only.
@@ -86,33 +89,40 @@ def scan_headers(paths: tuple[Location, ...]) -> list[Header]:
 
 
 def series_in(headers: Iterable[Header]) -> tuple[list[Series], int]:
-    """Readable headers grouped by SeriesInstanceUID (by folder where it was removed), in the order of their
-    first files, and the number of files stored twice, of which the first by path is kept.
+    """Readable headers grouped by SeriesInstanceUID (by folder and SeriesNumber where it was removed), in the
+    order of their first files, and the number of files stored twice, of which the first by path is kept.
 
-    Objects of one series that are no images make a `Series` of their own for each reason.
+    Careless removal of identifiers gives one UID to series of several studies or patients: those are series
+    of their own; a file that states neither goes with the commonest. Objects of one series that are no images
+    make a `Series` of their own for each reason.
     """
-    groups: dict[tuple[str, str | None], list[Header]] = defaultdict(list)
+    by_uid: dict[str, list[Header]] = defaultdict(list)
+    for header in sorted((h for h in headers if h.bad is None), key=lambda h: str(h.path)):
+        by_uid[header.series or f"files of {header.path.parent} {header.number}"].append(header)
+    groups: dict[tuple[str, str, str, str | None], list[Header]] = defaultdict(list)
     seen = set()
     twice = 0
-    for header in sorted((h for h in headers if h.bad is None), key=lambda h: str(h.path)):
-        uid = header.series or f"files of {header.path.parent}"
-        if header.sop and (uid, header.instance) in seen:
-            twice += 1
-            continue
-        seen.add((uid, header.instance))
-        groups[uid, header.code].append(header)
+    for uid, members in by_uid.items():
+        study, patient = _commonest(h.study for h in members), _commonest(h.patient for h in members)
+        for header in members:
+            own = uid, header.study or study, header.patient or patient
+            if header.sop and (*own, header.instance) in seen:
+                twice += 1
+                continue
+            seen.add((*own, header.instance))
+            groups[*own, header.code].append(header)
     found = [
         Series(
             uid,
-            members[0].study,
-            _commonest(h.patient for h in members),
+            study,
+            patient,
             members[0].modality,
             tuple(h.path for h in members),
             code,
             frozenset(h.sop for h in members) - {""},
             frozenset(h.frame_of_reference for h in members) - {""},
         )
-        for (uid, code), members in groups.items()
+        for (uid, study, patient, code), members in groups.items()
     ]
     return sorted(found, key=lambda s: str(s.files[0])), twice
 
@@ -210,6 +220,7 @@ def _scan(path: Location) -> Header | None:
             sop,
             "\\".join([sop, *place]),
             str(ds.get("FrameOfReferenceUID", "") or ""),
+            str(ds.get("SeriesNumber", "") or ""),
             MODALITIES.get(str(ds.get("Modality", ""))),
             refusal(ds),
             references(ds, kind) if kind is not None else None,

@@ -16,7 +16,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from data_pipeline.errors import Quarantined
-from data_pipeline.layouts import Case, discover
+from data_pipeline.layouts import Case, discover, read_case
 from data_pipeline.privacy import KeyedHash
 from data_pipeline.readers.dicom_kinds import refusal
 from data_pipeline.readers.dicom_series import Header, scan_headers, series_in
@@ -187,13 +187,71 @@ def test_real_headers_are_judged_like_whole_ones(real_data: Path) -> None:
         assert header.series == str(whole.get("SeriesInstanceUID", "") or "")
 
 
-def test_one_series_of_several_patients_takes_the_commonest() -> None:
-    found, twice = series_in(
-        Header(Path(f"/x/{n}"), "1.2", "1.3", patient, f"1.4.{n}", f"1.4.{n}")
-        for n, patient in enumerate("ABBAB")
-    )
-    assert [(s.patient, len(s.files)) for s in found] == [("B", 5)]
+def test_one_uid_of_several_patients_or_studies_is_several_series() -> None:
+    def header(n: int, patient: str, study: str) -> Header:
+        return Header(Path(f"/x/{n}"), "1.2", study, patient, f"1.4.{n // 2}", f"1.4.{n // 2}")
+
+    found, twice = series_in(header(n, patient, "1.3") for n, patient in enumerate(["A", "B", "B", "A", ""]))
+    assert [(s.patient, len(s.files)) for s in found] == [("A", 3), ("B", 2)]
     assert twice == 0
+    found, twice = series_in(
+        header(n, "A", study) for n, study in enumerate(["1.3", "1.4", "1.4", "1.3", ""])
+    )
+    assert [(s.study, len(s.files)) for s in found] == [("1.3", 3), ("1.4", 2)]
+
+
+def test_series_of_one_uid_never_mix_and_their_labels_go_by_patient(tmp_path: Path) -> None:
+    stacks = np.random.default_rng(0).integers(0, 2000, (3, 5, 12, 10)).astype(np.uint16)
+    for n, (patient, study) in enumerate((("A", "1.1"), ("A", "1.2"), ("B", "1.3"))):
+        own = {"PatientID": patient, "StudyInstanceUID": study, "FrameOfReferenceUID": "1.7"}
+        series_of(tmp_path / str(n), stacks[n], uid="1.2.9", **own)
+    label = rtstruct(
+        tmp_path / "RS.dcm", headers(tmp_path / "2"), {"Liver": [contour(SQUARE, 2)]}, frame="1.7"
+    )
+    ds = pydicom.dcmread(label)
+    ds.PatientID = "B"
+    save(label, ds)
+    cases, notes = tree(tmp_path)
+    assert not notes
+    assert [(c.subject, len(c.files or ()), len(c.dicom_labels)) for c in cases] == [
+        ("A", 5, 0),
+        ("A", 5, 0),
+        ("B", 5, 1),
+    ]
+    for case, stack in zip(cases, stacks):
+        (volume,) = read_case(case, SourceConfig(path=tmp_path))
+        assert sorted(volume.voxels.ravel()) == sorted(stack.ravel())
+
+
+def test_every_case_of_a_tree_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """A build refuses an input that is listed twice; parts of one series are not."""
+    stack = np.arange(60, dtype=np.uint16).reshape(5, 3, 4)
+    for part in ("M", "P"):
+        kind = ["ORIGINAL", "PRIMARY", part]
+        series_of(tmp_path / part, stack, uid="1.2.9", Modality="MR", ImageType=kind)
+    for study in ("1.1", "1.2"):
+        series_of(tmp_path / study, stack, uid="1.2.8", StudyInstanceUID=study)
+    cases, _ = tree(tmp_path)
+    assert sorted(map(str, codes(cases))) == ["None", "None", "None", "phase_image"]
+    assert len({(case.subject, case.series) for case in cases}) == 4
+
+
+def test_series_without_uid_go_by_folder_and_number(tmp_path: Path) -> None:
+    for n in (1, 2):
+        for k in range(4):
+            ds = dataset(PIXELS, above(k) + n / 3, "1.2", k + 1, SeriesInstanceUID=None, SeriesNumber=n)
+            save(tmp_path / f"{n}{k}.dcm", ds)
+    cases, _ = tree(tmp_path)
+    assert [len(case.files or ()) for case in cases] == [4, 4]
+
+
+def test_one_file_without_preamble_and_suffix_is_read(tmp_path: Path) -> None:
+    ds = dataset(PIXELS, ORIGIN, "1.2.9")
+    del ds.file_meta
+    pydicom.dcmwrite(tmp_path / "IM0001", ds, implicit_vr=True, little_endian=True)
+    (case,), _ = tree(tmp_path)
+    (volume,) = read_case(case, SourceConfig(path=tmp_path))
+    np.testing.assert_array_equal(np.sort(volume.voxels.ravel()), PIXELS.ravel())
 
 
 @pytest.mark.parametrize(
