@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from difflib import get_close_matches
+from pathlib import PureWindowsPath
 from typing import Any
 
 from data_pipeline.channel_words import channel_name, modality_of, sequence_of
@@ -65,7 +66,10 @@ def _case(find: Discovery, columns: list[str], files: tuple[str, ...], row: dict
         [c[len("image_") :] for c in columns] if len(columns) == len(files) else map(str, range(len(files)))
     )
     stated = [m.strip() for m in row.get("modality", "").split(";") if m.strip()]
-    modality = tuple(modality_of(m) or m for m in stated)
+    unknown = next((m for m in stated if not modality_of(m)), None)
+    if unknown is not None:
+        raise UserError(f"{shown(where)}: modality {shown(unknown)!r} is not known; use CT, MR, XR or PT")
+    modality = tuple(str(modality_of(m)) for m in stated)
     if not modality and (declared := src.modality_of(files[0])):
         modality = (declared,)
     if not modality and many and all(found := [modality_of(c) for c in columns]) and len(found) == len(files):
@@ -76,8 +80,8 @@ def _case(find: Discovery, columns: list[str], files: tuple[str, ...], row: dict
             "state one, or one for each"
         )
     try:
-        images = tuple(joined(where.parent, file) for file in files)
-        label = joined(where.parent, text) if (text := row.get("label", "")) else None
+        images = tuple(_place(where.parent, file) for file in files)
+        label = _place(where.parent, text) if (text := row.get("label", "")) else None
     except ValueError as error:
         raise UserError(f"{shown(where)}: {error}") from error
     if not modality and _has_no_header(images[0]):
@@ -95,6 +99,13 @@ def _case(find: Discovery, columns: list[str], files: tuple[str, ...], row: dict
         name=stem(images[0]),
         sequence=_sequence(row.get("sequence", ""), where),
     )
+
+
+def _place(folder: Location, name: str) -> Location:
+    """A file named in a table; a relative name of Windows (``scans\\a.nii.gz``) is one with ``/``."""
+    if "\\" not in name or PureWindowsPath(name).drive or (folder / name).exists():
+        return joined(folder, name)
+    return joined(folder, PureWindowsPath(name).as_posix())
 
 
 def _has_no_header(image: Location) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def test_rows_listed_twice_and_columns_not_used_are_counted(tmp_path: Path) -> N
         ("path\na.nii.gz\n", "add a column modality"),
         ("path,modality\na.nii.gz,MR;CT\n", "2 modalities for the 1 files"),
         ("path,modality,sequence\na.nii.gz,MR,weird\n", "'weird' is none of"),
+        ("path,modality\na.nii.gz,MR\nb.nii.gz,spaghetti\n", "modality 'spaghetti' is not known"),
         ("path,modality\nnone://x/a.nii.gz,MR\n", "no file system for addresses none://"),
         ('path,modality\n"a.nii.gz,MR\n', "cannot be read"),
         ("", "no column image"),
@@ -168,3 +170,13 @@ def test_channels_by_columns(tmp_path: Path) -> None:
     assert case.channel_names == ("t1", "channel_1")
     src = table(tmp_path, "image_t1,image_ct\na.nii.gz,b.nii.gz\n")
     assert discover(src)[0].modality == ("MR", "CT")
+
+
+def test_relative_paths_of_windows(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    for name in ("scans/a.nii.gz", "back\\slash.nii.gz"):
+        shutil.copy(tmp_path / "a.nii.gz", tmp_path / name)
+    src = table(tmp_path, "path,modality,label\nscans\\a.nii.gz,MR,scans\\a.nii.gz\nback\\slash.nii.gz,MR,\n")
+    first, second = discover(src)
+    assert (first.images, first.label) == ((tmp_path / "scans/a.nii.gz",), tmp_path / "scans/a.nii.gz")
+    assert read_case(second, src)[0].shape == (6, 5, 4)
