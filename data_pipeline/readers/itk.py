@@ -39,7 +39,13 @@ SHORT = (
     "only read",
     "read only",
     "unexpected end",
+    "fread got only",
 )
+SINGULAR = ("zero-valued spacing", "determinant is 0", "existance of all space vector coefficients")
+ELEMENT_BYTES = {
+    "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_UINT": 4, "MET_LONG": 4, "MET_ULONG": 4,
+    "MET_LONG_LONG": 8, "MET_ULONG_LONG": 8, "MET_FLOAT": 4, "MET_DOUBLE": 8,
+}  # fmt: skip
 #: Where a direction that begins at this side of the patient runs, in LPS.
 LETTERS = {
     "R": (1.0, 0, 0), "L": (-1.0, 0, 0), "A": (0, 1.0, 0), "P": (0, -1.0, 0), "I": (0, 0, 1.0),
@@ -62,6 +68,8 @@ def decode(path: Path, *, accept_no_form: bool = False, label: bool = False) -> 
         raise Quarantined("not_an_image", "a segmentation of 3D Slicer")
     if any(not (path.parent / name).exists() for name in data_files(path)):
         raise Quarantined("missing", "the file of voxels that the header names")
+    if _leads_elsewhere(_voxel_file(fields)):
+        raise Quarantined("missing", "the header names a file of voxels outside its folder")
     _check_stated_size(fields, path)
     try:
         with _readable(path, fields) as readable:
@@ -75,6 +83,8 @@ def decode(path: Path, *, accept_no_form: bool = False, label: bool = False) -> 
         ) from error
     except Exception as error:  # SimpleITK raises RuntimeError for everything
         text = str(error).lower()
+        if any(word in text for word in SINGULAR):
+            raise Quarantined("bad_geometry", "spacing or directions that are zero or not finite") from error
         raise Quarantined(
             "truncated" if any(word in text for word in SHORT) else "unreadable", type(error).__name__
         ) from error
@@ -93,6 +103,8 @@ def decode(path: Path, *, accept_no_form: bool = False, label: bool = False) -> 
         affine[2, 2] = affine[0, 0] or 1.0
     known = {"space directions", "spacings", "elementspacing", "elementsize"} & fields.keys()
     spacing_known = bool(known) and "nan" not in fields.get("spacings", "").lower()
+    if nrrd and "space directions" in fields and fields["space directions"].count("(") < k:
+        raise Quarantined("no_spacing", "an axis without a direction")
     provenance = {}
     if spacing_known:
         affine[:3] *= _millimetres(fields)
@@ -159,6 +171,7 @@ def _millimetres(fields: dict[str, str]) -> float:
 def _check_stated_size(fields: dict[str, str], path: Path) -> None:
     try:
         sizes = [int(v) for v in fields.get("sizes", fields.get("dimsize", "")).split()]
+        channels = int(fields.get("elementnumberofchannels", "1"))
     except ValueError:
         return
     if not sizes:
@@ -173,6 +186,11 @@ def _check_stated_size(fields: dict[str, str], path: Path) -> None:
     if whole or fields.get("elementdatafile", "").upper() == "LOCAL":
         bzip2 = fields.get("encoding", "").lower() in ("bzip2", "bz2")  # shrinks zeros without any bound
         check_size(voxels, 0 if bzip2 else voxels, stored, 1032 if packed else 1)
+    if fields.get("elementdatafile", "").upper() == "LOCAL" and not packed:
+        # MetaIO does not say why it cannot read
+        expected = voxels * channels * ELEMENT_BYTES.get(fields.get("elementtype", "").upper(), 1)
+        line = re.search(rb"ElementDataFile[^\n]*\n", head(path, HEADER_LIMIT), re.IGNORECASE)
+        check_size(voxels, expected, stored - (line.end() if line else 0), 1)
 
 
 @contextmanager
@@ -221,12 +239,20 @@ def _utf8(path: Path) -> bool:
 def data_files(path: Location) -> list[str]:
     """Names, relative to the header, of the one file of voxels that a detached header names; none for a list,
     a pattern, or a name that leads out of the header's folder."""
-    fields = header_fields(path)
-    name = fields.get("data file", fields.get("datafile", fields.get("elementdatafile", "")))
-    if not name or name.upper().startswith(("LOCAL", "LIST")) or "%" in name:
+    name = _voxel_file(header_fields(path))
+    if not name or name.upper().startswith(("LOCAL", "LIST")) or "%" in name or _leads_elsewhere(name):
         return []
+    return [PurePosixPath(name).as_posix()]
+
+
+def _voxel_file(fields: dict[str, str]) -> str:
+    """What the header says of the file of voxels; empty where they follow the header."""
+    return fields.get("data file", fields.get("datafile", fields.get("elementdatafile", "")))
+
+
+def _leads_elsewhere(name: str) -> bool:
     plain = PurePosixPath(name)
-    return [] if plain.is_absolute() or ".." in plain.parts else [plain.as_posix()]
+    return plain.is_absolute() or ".." in plain.parts
 
 
 def header_fields(path: Location) -> dict[str, str]:

@@ -204,3 +204,19 @@ def test_a_header_may_not_name_a_file_elsewhere_or_more_than_there_is(tmp_path: 
     path = nrrd(tmp_path / "in/a.nrrd", sizes="2000 2000 2000")
     assert code_of(path) == "truncated"
     assert code_of(nrrd(path, sizes="99999 99999 99999")) == "unsupported_layout"
+    assert code_of(nrrd(path, encoding="raw", data_file=str(tmp_path / "x.raw"), body=b"")) == "missing"
+    assert code_of(nrrd(path, encoding="raw", data_file="../x.raw", body=b"")) == "missing"
+
+
+def test_the_cause_of_a_refusal_is_named(tmp_path: Path) -> None:
+    cut, path = DATA.tobytes()[:-2], tmp_path / "a.nrrd"
+    assert code_of(nrrd(path, body=cut)) == "truncated"
+    assert code_of(nrrd(path, space_directions="(0,0,0) (-1.6,1.2,0) (0,0,3)")) == "bad_geometry"
+    assert code_of(nrrd(path, space_directions="(nan,0,0) (-1.6,1.2,0) (0,0,3)")) == "bad_geometry"
+    assert code_of(nrrd(path, space_directions="none (-1.6,1.2,0) (0,0,3)")) == "no_spacing"
+    path = meta(tmp_path / "a.mha", ElementSpacing="1 2 3", TransformMatrix="1 0 0 0 1 0 0 0 1")
+    path.write_bytes(path.read_bytes()[:-2])
+    assert code_of(path) == "truncated"
+    meta(path, ElementSpacing="1 2 3", TransformMatrix="1 0 0 1 0 0 0 0 1")
+    assert code_of(path) == "bad_geometry"
+    assert code_of(meta(path, ElementSpacing="0 2 3", TransformMatrix="1 0 0 0 1 0 0 0 1")) == "bad_geometry"
