@@ -81,6 +81,9 @@ def functional(groups: tuple[Dataset, ...], sequence: str, name: str) -> Any:
 
 def _enhanced(ds: Dataset, modality: str) -> tuple[list[Frame], list[str]]:
     shared = ds.get("SharedFunctionalGroupsSequence") or [None]
+    described, stated = len(ds.PerFrameFunctionalGroupsSequence), int(ds.get("NumberOfFrames", 1) or 1)
+    if described != stated:
+        raise Quarantined("unreadable", f"{described} frames are described where {stated} are stated")
     frames, refused = [], []
     for n, own in enumerate(ds.PerFrameFunctionalGroupsSequence):
         groups = tuple(group for group in (own, shared[0]) if group is not None)
@@ -148,6 +151,8 @@ def _frame(
     pixel = (float(spacing[0]), float(spacing[1]))
     if not (np.isfinite(vectors).all() and np.isfinite(place).all() and np.isfinite(pixel).all()):
         raise Quarantined("bad_geometry", "a position, direction or spacing that is no number")
+    if min(pixel) <= 0:
+        raise Quarantined("bad_geometry", "a PixelSpacing that is not above 0")
     lengths = np.linalg.norm(vectors, axis=1)
     if np.abs(lengths - 1).max() > 0.01 or abs(vectors[0] @ vectors[1]) > 0.01:
         raise Quarantined("bad_geometry", "row and column directions are not at right angles")

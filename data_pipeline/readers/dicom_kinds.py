@@ -19,11 +19,12 @@ NOT_IMAGES = {
     "REG", "FID", "RWV", "DOC", "AU", "ECG", "EPS", "HD", "RESP", "PLAN", "ANN", "ASMT", "CTPROTOCOL",
     "M3D", "SMR", "STAIN", "TEXTUREMAP",
 }
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame children .1 to .4
-#: Raw data, spatial registration and fiducials, segmentation, MR spectroscopy, structured reports,
-#: presentation states, encapsulated documents, radiotherapy, Siemens non-images: whatever their Modality.
+SECONDARY_CAPTURE = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.7(\.[1-4])?")  # .1 to .4: multi-frame
+#: Raw data, spatial registration and fiducials, segmentation, real world values, MR spectroscopy, waveforms,
+#: structured reports, presentation states, encapsulated documents, radiotherapy, Siemens non-images: whatever
+#: their Modality.
 NOT_IMAGE_CLASSES = re.compile(
-    r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(66(\.\d+)*|4\.2|88\.\d+|11\.\d+|104\.\d+|481\.(?!1$)\d+)"
+    r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(66(\.\d+)*|67|4\.2|9(\.\d+)+|88\.\d+|11\.\d+|104\.\d+|481\.(?!1$)\d+)"
     r"|1\.3\.12\.2\.1107\.5\.9\.1"
 )
 PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
@@ -73,7 +74,7 @@ def refusal(header: Dataset, accept_secondary: bool = True) -> str | None:
     kind = words(header.get("ImageType"))
     if modality in NOT_IMAGES or NOT_IMAGE_CLASSES.fullmatch(sop_class):
         return "not_an_image"
-    if sop_class.startswith(SECONDARY_CAPTURE) or CAPTURES.intersection(kind):
+    if SECONDARY_CAPTURE.fullmatch(sop_class) or CAPTURES.intersection(kind):
         return "secondary_capture"
     if modality not in MODALITIES:
         return "unsupported_modality"

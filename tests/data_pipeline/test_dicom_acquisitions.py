@@ -407,6 +407,17 @@ def test_a_legacy_converted_object_is_the_series_it_was_made_of(tmp_path: Path) 
     np.testing.assert_array_equal(theirs.real(0), ours.real(0))
 
 
+@pytest.mark.parametrize("stated", [10, 12])
+def test_an_enhanced_object_with_another_number_of_frames_than_it_describes(
+    tmp_path: Path, stated: int
+) -> None:
+    frames = np.arange(12 * 12, dtype=np.uint16).reshape(12, 3, 4)
+    ds = enhanced(frames, range(11))
+    ds.NumberOfFrames, ds.PixelData = stated, frames[:stated].tobytes()
+    ds.save_as(tmp_path / "a.dcm")
+    assert code_of(tmp_path / "a.dcm") == "unreadable"
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_enhanced_headers_damaged_anywhere_are_refused_not_raised(tmp_path: Path) -> None:
     enhanced(planes(1, 2)[0], range(2), lambda n: content(StackID="1")).save_as(tmp_path / "a.dcm")

@@ -119,6 +119,22 @@ def test_frames_are_judged_by_their_own_type() -> None:
     assert frame_refusal(words(["DERIVED", "PRIMARY", "DIFFUSION", "ADC"]), "MR") == "derived_map"
 
 
+@pytest.mark.parametrize(
+    ("sop_class", "modality", "code"),
+    [
+        ("7", "CT", "secondary_capture"),
+        ("7.2", "MR", "secondary_capture"),
+        ("77.1.6", "SM", "unsupported_modality"),  # whole slide, which only begins like a capture
+        ("67", "MR", "not_an_image"),  # real world value mapping
+        ("9.1.2", "CT", "not_an_image"),  # waveform
+    ],
+)
+def test_storage_classes(sop_class: str, modality: str, code: str) -> None:
+    ds = Dataset()
+    ds.SOPClassUID, ds.Modality = f"1.2.840.10008.5.1.4.1.1.{sop_class}", modality
+    assert refusal(ds) == code
+
+
 def test_no_word_has_two_meanings_and_all_are_as_words_writes_them() -> None:
     sets = [
         dicom_kinds.CAPTURES,

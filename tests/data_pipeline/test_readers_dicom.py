@@ -213,6 +213,7 @@ def test_padding_is_invalid_only_where_it_cannot_be_air(tmp_path: Path) -> None:
         ({"PixelSpacing": None}, "no_spacing"),
         ({"ImagePositionPatient": None}, "no_geometry"),
         ({"ImageOrientationPatient": [1, 0, 0, 0.5, 0.5, 0]}, "bad_geometry"),
+        ({"PixelSpacing": [-0.5, 0.75]}, "bad_geometry"),
         ({"PixelData": b"\0" * 10}, "truncated"),
         ({"RescaleSlope": 0}, "unreadable"),
     ],
