@@ -146,12 +146,14 @@ def _masks(
             raise Quarantined("label_grey", "label_threshold of fractions lies between 0 and 1")
     elif kind not in ("BINARY", "LABELMAP"):
         raise Quarantined("label_unreadable", "neither BINARY, FRACTIONAL nor LABELMAP")
+    described = [int(s.SegmentNumber) for s in items(ds, "SegmentSequence")]
+    if len(set(described)) < len(described):
+        raise Quarantined("label_unreadable", "two segments of one number")
     pixels = _decoder(ds, frames)
     if frames.segments is None:
         return _labelmap(ds, pixels, len(frames.positions), regions)
     numbers = frames.segments
-    declared = {int(s.SegmentNumber) for s in items(ds, "SegmentSequence")}
-    if undeclared := set(numbers) - declared:
+    if undeclared := set(numbers) - set(described):
         raise Quarantined("label_values", f"frames of {len(undeclared)} segments that are not described")
     lowest = 1.0 if kind == "BINARY" else (threshold or 1.0) * float(ds.get("MaximumFractionalValue") or 255)
 

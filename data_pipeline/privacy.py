@@ -94,6 +94,7 @@ NOTES = {
     "contours_between_slices": r"\d{1,6}",
     "slices_without_contour": r"\d{1,6}",
     "structures_without_contour": r"\d{1,4}",
+    "structures_without_voxel": r"\d{1,4}",
     "label_files": r"\d{1,4}",
     "label_files_refused": r"\d{1,4}",
     "Manufacturer": "|".join((*VENDORS, "other")),

@@ -43,9 +43,10 @@ def place(
 ) -> Label:
     """The structures of an RTSTRUCT on the grid of ``volume``; ``regions`` maps names to ROI numbers.
 
-    Names whose ROIs hold no closed contour were not annotated (planning systems list empty ROIs). Raises
-    `Quarantined` ``label_empty`` where none is left, ``label_contours`` for contours across the slices,
-    ``label_outside`` where more than 5 % lies outside the image, ``label_unreadable``.
+    Names whose ROIs hold no closed contour were not annotated (planning systems list empty ROIs), nor are
+    those whose contours hold no voxel's centre. Raises `Quarantined` ``label_empty`` where none is left,
+    ``label_contours`` for contours across the slices, ``label_outside`` where more than 5 % lies outside the
+    image, ``label_unreadable``.
     """
     wanted = {number for numbers in regions.values() for number in numbers}
     drawings = read_contours(path, wanted)
@@ -61,20 +62,23 @@ def place(
         if not any(d.contours for d in own):
             notes["structures_without_contour"] += 1
             continue
-        annotated.append(name)
         slices: Slices = {}
         beyond = 0
         for drawing in own:
             made, left = rasterise(drawing.contours, volume, axis, notes)
             merge(slices, made)
             beyond += left
-        layers.add(ids[name], slices)
         inside = sum(int(mask.sum()) for mask in slices.values())
+        if inside + beyond == 0:  # drawn, but smaller than a voxel: present, so not "looked for and absent"
+            notes["structures_without_voxel"] += 1
+            continue
+        annotated.append(name)
+        layers.add(ids[name], slices)
         outside, kept = outside + beyond, kept + inside
         if beyond:
             lost[ids[name]] = beyond / (beyond + inside)
     if not annotated:
-        raise Quarantined("label_empty", f"{len(regions)} structures without a closed contour")
+        raise Quarantined("label_empty", f"{len(regions)} structures without a closed contour around a voxel")
     if kept == 0 and outside > 0:
         raise Quarantined("label_outside", "no overlap")
     if outside and outside / (outside + kept) > MAX_LOST:
@@ -100,6 +104,8 @@ def read_contours(path: Path, numbers: Iterable[int]) -> dict[int, Drawing]:
     try:
         for roi in items(ds, "StructureSetROISequence"):
             if int(roi.ROINumber) in wanted:
+                if int(roi.ROINumber) in found:
+                    raise Quarantined("label_unreadable", "two structures of one number")
                 algorithm = str(roi.get("ROIGenerationAlgorithm", "") or "").strip().upper()
                 found[int(roi.ROINumber)] = Drawing(automatic=algorithm == "AUTOMATIC")
         for roi in items(ds, "ROIContourSequence"):
@@ -130,8 +136,9 @@ def rasterise(
     voxels that lie outside it. ``axis`` is the array axis along which the image's slices are stacked.
 
     A plane of contours goes to the slice nearest to it; of several nearest to one slice, the nearest alone.
-    ``notes`` counts ``contours_between_slices`` (those others), ``contours_repeated`` (the very same contour
-    twice on a slice, which would undo itself) and ``slices_without_contour`` (between two with one).
+    ``notes`` counts ``contours_between_slices`` (those others), ``contours_repeated`` (one outline twice on a
+    slice, from any point and either way round, which would undo itself) and ``slices_without_contour``
+    (between two with one).
     """
     across = [n for n in range(3) if n != axis]
     shape = (volume.shape[across[0]], volume.shape[across[1]])
@@ -159,7 +166,7 @@ def rasterise(
     slices: Slices = {}
     outside = 0
     for k, (_, polygons) in nearest.items():
-        distinct = {polygon.tobytes(): polygon for polygon in polygons}
+        distinct = {_outline(polygon): polygon for polygon in polygons}
         notes["contours_repeated"] += len(polygons) - len(distinct)
         mask, total = fill(list(distinct.values()), shape)
         if 0 <= k < volume.shape[axis]:
@@ -170,6 +177,17 @@ def rasterise(
     if slices:
         notes["slices_without_contour"] += max(slices) - min(slices) + 1 - len(slices)
     return slices, outside
+
+
+def _outline(polygon: np.ndarray) -> bytes:
+    """The same for one outline whatever point it begins at, whichever way it runs, closed or not."""
+    points = [tuple(point) for point in polygon + 0.0]  # no -0.0
+    points = [point for n, point in enumerate(points) if point != points[n - 1]] or points[:1]
+    turns = []
+    for way in (points, points[::-1]):
+        first = way.index(min(way))
+        turns.append(way[first:] + way[:first])
+    return np.array(min(turns)).tobytes()
 
 
 def fill(polygons: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, int]:

@@ -50,6 +50,7 @@ SENTENCES = {
     "contours_between_slices": "contours between the slices of their series, left out",
     "slices_without_contour": "slices inside a structure without a contour, left empty",
     "structures_without_contour": "structures without any contour",
+    "structures_without_voxel": "structures smaller than a voxel",
     "label_files_refused": "RTSTRUCT and SEG files refused for an image",
     "text_masked": "radiographs with burned-in text masked",
     "defaced": "heads whose face was hidden or removed",

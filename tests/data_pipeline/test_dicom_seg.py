@@ -212,6 +212,9 @@ def test_damaged_segmentations_are_refused_by_code(tmp_path: Path) -> None:
     frames = pydicom.dcmread(path).PerFrameFunctionalGroupsSequence
     frames[0].SegmentIdentificationSequence[0].ReferencedSegmentNumber = 7
     assert refusal(PerFrameFunctionalGroupsSequence=frames)[0] == "label_values"
+    twice = pydicom.dcmread(path).SegmentSequence
+    twice[1].SegmentNumber = 1
+    assert refusal(SegmentSequence=twice) == ("label_unreadable", "two segments of one number")
     del frames[0].PlanePositionSequence
     assert refusal(PerFrameFunctionalGroupsSequence=frames)[0] == "label_geometry"
 

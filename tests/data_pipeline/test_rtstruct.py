@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from dicom_label_files import contour, headers, images, rtstruct
@@ -145,6 +146,45 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert counts == {0: 30, 1: 0, 2: 0, 3: 30, 4: 0}  # nothing is filled between slices
 
 
+@pytest.mark.parametrize(
+    "again",
+    [
+        SQUARE[::-1],
+        np.roll(SQUARE, 1, axis=0),
+        np.roll(SQUARE, 2, axis=0)[::-1],
+        np.vstack([SQUARE, SQUARE[:1]]),
+    ],
+    ids=["reversed", "rotated", "both", "closed"],
+)
+def test_one_outline_written_twice_does_not_undo_itself(tmp_path: Path, again: np.ndarray) -> None:
+    source = headers(images(tmp_path / "ct"))
+    rtstruct(tmp_path / "rs.dcm", source, {"liver": [contour(SQUARE, 2), contour(again, 2)]})
+    label, voxels, _, _ = labelled(tmp_path)
+    assert int((voxels == 1).sum()) == 30
+    assert dict(label.notes) == {"contours_repeated": "1"}
+
+
+def test_a_structure_smaller_than_a_voxel_is_not_called_absent(tmp_path: Path) -> None:
+    source = headers(images(tmp_path / "ct"))
+    speck = np.array([[2.1, 2.1], [2.1, 2.3], [2.3, 2.3]])
+    rtstruct(tmp_path / "rs.dcm", source, {"liver": [contour(SQUARE, 2)], "tumour": [contour(speck, 2)]})
+    label, _, _, _ = labelled(tmp_path)
+    assert label.annotated == ("liver",)
+    assert dict(label.notes) == {"structures_without_voxel": "1"}
+
+
+def test_two_structures_of_one_number_are_refused(tmp_path: Path) -> None:
+    source = headers(images(tmp_path / "ct"))
+    path = rtstruct(
+        tmp_path / "rs.dcm", source, {"liver": [contour(SQUARE, 2)], "spleen": [contour(SQUARE, 3)]}
+    )
+    ds = pydicom.dcmread(path)
+    ds.StructureSetROISequence[1].ROINumber = ds.ROIContourSequence[1].ReferencedROINumber = 1
+    ds.save_as(path)
+    label, _, (refused,), _ = labelled(tmp_path)
+    assert (label, refused.code) == (None, "label_unreadable")
+
+
 def test_overlaps_go_to_layers_and_neighbours_share_one(tmp_path: Path) -> None:
     source = headers(images(tmp_path / "ct"))
     rois = {"liver": [contour(SQUARE, 2)], "tumour": [contour(HOLE, 2)], "kidney": [contour(SQUARE, 3)]}
@@ -228,7 +268,7 @@ def test_notes_of_labels_are_on_the_allow_list() -> None:
         for name in NOTES
         if name.startswith(("contours_", "slices_without", "structures_", "label_"))
     }
-    assert len(notes) == 7
+    assert len(notes) == 8
     assert allowed(notes) == notes
 
 
