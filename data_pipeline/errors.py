@@ -57,6 +57,7 @@ REASONS = MappingProxyType(
         "channel_count": "another number of channels than the dataset file names",
         "not_hounsfield": "a CT that cannot be in Hounsfield units",
         "constant": "every valid voxel has the same value",
+        "value_range": "values that no scan has (beyond 1e15, or all within 1e-30 of each other)",
         "no_valid_voxels": "no finite voxel at all",
         "unforeseen": "reading it failed in a way that nobody foresaw; the private index names the error",
         "kills_workers": "reading it ended its worker again and again, most likely for memory",

@@ -29,6 +29,8 @@ SUFFIXES = NIFTI + ITK + PICTURES + NUMPY + DICOM
 PAIRED = (".img",)  # read through its .hdr
 #: What a channel has to be for real units to be its own.
 MEASURED_BY = {"HU": "CT", "SUV": "PT"}
+#: Real values of a scan are no larger, and not all closer together; statistics of others overflow.
+LARGEST, CLOSEST = 1e15, 1e-30
 #: Real values of a CT below this are fill outside the field of view (-2000, -2048, -3024, ...), never tissue
 #: or air.
 CT_PADDING_BELOW = -1500.0
@@ -429,7 +431,7 @@ def _separate_invalid(
         _padding_limit(voxels.dtype, slope, intercept) if (modality, unit) == ("CT", "HU") else None
         for modality, unit in zip(modalities, units)
     ]
-    if padding is None and all(_all_measured(c, limit, slope) for c, limit in zip(voxels, limits)):
+    if padding is None and all(_all_measured(c, limit, slope, intercept) for c, limit in zip(voxels, limits)):
         return voxels, None
     invalid = np.zeros(voxels.shape, bool) if padding is None else padding.copy()
     if voxels.dtype.kind == "f":
@@ -451,6 +453,7 @@ def _separate_invalid(
             else voxels[n][valid].max()
         )
         np.copyto(voxels[n], lowest, where=invalid[n])
+        _check_range(lowest, voxels[n].max() if slope > 0 else voxels[n].min(), slope, intercept)
     return voxels, invalid
 
 
@@ -464,12 +467,25 @@ def _padding_limit(dtype: np.dtype, slope: float, intercept: float) -> float:
     return int(np.clip(np.ceil(limit) if slope > 0 else np.floor(limit), info.min, info.max))
 
 
-def _all_measured(channel: np.ndarray, limit: float | None, slope: float) -> bool:
-    """Whether every voxel is finite and none is padding, without a mask."""
+def _all_measured(channel: np.ndarray, limit: float | None, slope: float, intercept: float) -> bool:
+    """Whether every voxel is finite and none is padding, without a mask. Raises `Quarantined`
+    ``value_range``."""
     lowest, highest = channel.min(), channel.max()
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         return False
-    return limit is None or bool(lowest >= limit if slope > 0 else highest <= limit)
+    if limit is not None and not (lowest >= limit if slope > 0 else highest <= limit):
+        return False
+    _check_range(lowest, highest, slope, intercept)
+    return True
+
+
+def _check_range(one: float, other: float, slope: float, intercept: float) -> None:
+    """Refuse real values, of which ``one`` and ``other`` are the ends as stored, that no scan has."""
+    ends = float(one) * slope + intercept, float(other) * slope + intercept
+    if max(map(abs, ends)) > LARGEST:
+        raise Quarantined("value_range", "beyond 1e15")
+    if one != other and abs(ends[1] - ends[0]) < CLOSEST:
+        raise Quarantined("value_range", "all within 1e-30")
 
 
 def _highest(dtype: np.dtype) -> float | int:

@@ -15,7 +15,8 @@ from data_pipeline.readers.raw import DEFLATE, Raw, check_size
 from data_pipeline.volume import corner_distance
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metre, millimetre, micrometre
+SPACE_UNITS = 7  # the bits of xyzt_units that hold the unit of length
 
 
 VECTORS = {1004, 1005, 1006, 1007, 1010}  # intents: matrices, displacements, vectors, quaternions
@@ -45,7 +46,7 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
         else:
             data = np.asanyarray(voxels.get_unscaled())
         slope, intercept = float(voxels.slope), float(voxels.inter)
-        unit = header.get_xyzt_units()[0]
+        unit = int(header["xyzt_units"]) & SPACE_UNITS
         zooms = header.get_zooms()
         intent = int(header["intent_code"])
     except Quarantined:
@@ -58,7 +59,9 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
         raise
     except Exception as error:  # nibabel raises what it meets in a damaged header
         code = "truncated" if "Expected" in str(error) and "bytes" in str(error) else "unreadable"
-        raise Quarantined(code, type(error).__name__) from error
+        raise Quarantined(code, _misnamed(path) or type(error).__name__) from error
+    if unit not in MILLIMETRES:
+        raise Quarantined("bad_geometry", "a unit of length that is none of m, mm and micrometre")
     if data.dtype.names is not None:
         raise Quarantined("colour", "an RGB NIfTI")
     if data.dtype.kind not in "iuf" or data.dtype.itemsize > 8:
@@ -71,7 +74,7 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
     affine, provenance = _affine(header, frames.shape[1:], zooms, accept_no_form)
     affine = RAS_TO_LPS @ np.asarray(affine, dtype=np.float64)
     affine[:3] *= MILLIMETRES[unit]
-    if unit == "unknown":
+    if unit == 0:
         provenance["units_unknown"] = "true"
     return Raw(
         frames=frames,
@@ -81,6 +84,21 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
         provenance=provenance,
         components=len(frames) > 1 and (components or intent in VECTORS),
     )
+
+
+def _misnamed(path: Path) -> str:
+    """How the first bytes of a file disagree with its name, or ""."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError:
+        return ""
+    compressed = start == b"\x1f\x8b"
+    if not start:
+        return "an empty file"
+    if compressed == path.name.lower().endswith(".gz"):
+        return ""
+    return "gzip under a name without .gz" if compressed else "a name with .gz and no gzip"
 
 
 def _affine(

@@ -153,6 +153,45 @@ def test_units_of_length(tmp_path: Path, unit: str, scale: float) -> None:
         np.testing.assert_allclose(sitk.ReadImage(str(path)).GetSpacing(), (2.0, 3.0, 4.0), rtol=1e-4)
 
 
+def test_a_unit_of_length_that_nifti_does_not_know_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Quarantined, match="unit of length") as refused:
+        read(patch(save(tmp_path / "a.nii", values()), 123, "u1", 5), modality="MR")
+    assert refused.value.code == "bad_geometry"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("a.nii", gzip.compress(b"x" * 400), "gzip under a name without .gz"),
+        ("a.nii.gz", b"x" * 400, "a name with .gz and no gzip"),
+        ("a.nii", b"", "an empty file"),
+        ("a.nii.gz", b"", "an empty file"),
+    ],
+)
+def test_a_name_that_does_not_fit_the_file_is_the_cause_told(
+    tmp_path: Path, name: str, content: bytes, cause: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Quarantined) as refused:
+        read(tmp_path / name, modality="MR")
+    assert (refused.value.code, refused.value.detail) == ("unreadable", cause)
+
+
+@pytest.mark.parametrize(
+    ("data", "slope"),
+    [
+        (values(np.float64) * 1e200, 1.0),
+        (values(np.int64) * 10**15, 1.0),
+        (values(), 1e-38),
+        (np.where(values() == 3, np.nan, values()) * 1e20, -1.0),
+    ],
+    ids=["float64", "int64", "tiny slope", "with nan"],
+)
+def test_values_that_no_scan_has_are_refused(tmp_path: Path, data: np.ndarray, slope: float) -> None:
+    """Their statistics would overflow."""
+    assert code_of(patch(save(tmp_path / "a.nii", data), 112, "<f4", slope)) == "value_range"
+
+
 def test_a_sform_is_not_lost_to_a_broken_qform(tmp_path: Path) -> None:
     path = patch(save(tmp_path / "a.nii", values()), 256, "<f4", 3.0, 3.0, 3.0)  # a quaternion longer than 1
     volume = read(path, modality="MR")
