@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from data_pipeline.complete import dataset_json
 from data_pipeline.errors import UserError
 from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_index
-from data_pipeline.manifest import FORMAT_VERSION, MEMBERS, Manifest
+from data_pipeline.manifest import FORMAT_VERSION, MEMBERS, SUFFIX, Manifest
 from data_pipeline.place import Place
 from data_pipeline.shard_writer import file_hash
 from data_pipeline.splits import check_leaks
@@ -38,17 +39,26 @@ def verify(root: str | Path, progress: Callable[[int, int], None] | None = None)
     as written and that no subject or image is in two splits.
 
     Checks `dataset.json` against its own hash, each other file and shard against `dataset.json`, and, in a
-    shard that differs, each member's header, chunks and tail against its index. `progress(done, total)` is
-    called in shards. Raises `UserError` where there is no dataset.
+    shard that differs, each member's tar header, its header, chunks and tail against its index. A tar that
+    `dataset.json` does not name is a fault too, as whoever reads all of them would take it. `progress(done,
+    total)` is called in shards. Raises `UserError` where there is no dataset.
     """
     place = Place(root)
     info, found = _description(place)
+    if not _readable(info):
+        return found
     intact = {}
     for name, digest in info["files"].items():
         reason = _difference(place, name, digest)
         intact[name] = reason is None
         if reason is not None:
             found.append(Damage("", "", name, -1, reason))
+    named = {entry["name"] for entry in info["shards"]}
+    found += [
+        Damage(name, "", "", -1, "is no shard of this dataset")
+        for name in place.names()
+        if name.endswith(".tar") and name not in named
+    ]
     spoiled: list[str] = []
     for done, entry in enumerate(info["shards"], 1):
         name = entry["name"]
@@ -92,10 +102,22 @@ def _description(place: Place) -> tuple[dict[str, Any], list[Damage]]:
         raise UserError(
             f"{place} has dataset format {version!r}, not {FORMAT_VERSION}; rebuild it or update medfm"
         )
-    if not {"files", "shards", "check"} <= info.keys():
-        raise UserError(f"{place}: dataset.json names no files; restore or rebuild it")
-    changed = dataset_json({n: v for n, v in info.items() if n != "check"}) != text
-    return info, [Damage("", "", "dataset.json", -1, "does not match its own hash")] if changed else []
+    if dataset_json({n: v for n, v in info.items() if n != "check"}) == text:
+        return info, []
+    rest = "" if _readable(info) else "; nothing else could be checked, restore it first"
+    return info, [Damage("", "", "dataset.json", -1, f"does not match its own hash{rest}")]
+
+
+def _readable(info: dict[str, Any]) -> bool:
+    """Whether a `dataset.json` that may be damaged still says what the files and shards are to be."""
+    files, shards = info.get("files"), info.get("shards")
+    return (
+        isinstance(files, dict)
+        and "manifest.parquet" in files
+        and isinstance(shards, list)
+        and all(isinstance(s, dict) and s.keys() >= {"name", "size", "xxh3_128"} for s in shards)
+        and isinstance(info.get("labels"), dict)
+    )
 
 
 def _difference(place: Place, name: str, digest: str) -> str | None:
@@ -122,20 +144,49 @@ def _locate(place: Place, manifest: Manifest, shards: list[str]) -> list[Damage]
 def _sample(manifest: Manifest, row: int, shard: str, place: Place) -> list[Damage]:
     key = str(manifest.column("key")[row])
 
-    def data(member: str) -> bytes:
+    def part(member: str) -> tuple[int, int]:
         offset, size = (int(manifest.column(f"{member}_{what}")[row]) for what in ("offset", "size"))
-        return place.read(shard, offset, size) if size > 0 else b""
+        return offset, max(size, 0)
 
+    def data(member: str) -> bytes:
+        offset, size = part(member)
+        return _bytes(place, shard, offset, size)
+
+    found = []
+    for member in MEMBERS:
+        offset, size = part(member)
+        if size and not _header_fits(
+            _bytes(place, shard, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE),
+            f"{key}.{SUFFIX[member]}",
+            size,
+        ):
+            found.append(Damage(shard, key, member, -1, "its tar header is damaged"))
     try:
         index = read_index(data("idx"), key)
     except IndexDamaged as error:
-        return [Damage(shard, key, "idx", -1, str(error))]
-    return [
+        return [*found, Damage(shard, key, "idx", -1, str(error))]
+    return found + [
         Damage(shard, key, member, chunk, reason)
         for member in MEMBERS
         if member in index
         for chunk, reason in _member(index[member], data(member))
     ]
+
+
+def _bytes(place: Place, shard: str, offset: int, size: int) -> bytes:
+    """What is there of a part of a shard; of one cut short an object store answers with an error."""
+    try:
+        return place.read(shard, offset, size) if size else b""
+    except OSError:
+        return b""
+
+
+def _header_fits(block: bytes, name: str, size: int) -> bool:
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError):
+        return False
+    return (info.name, info.size) == (name, size)
 
 
 def _member(index: MemberIndex, data: bytes) -> list[tuple[int, str]]:

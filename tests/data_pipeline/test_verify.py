@@ -62,11 +62,12 @@ def test_any_flipped_byte_is_found_and_placed(dataset: Path) -> None:
         for m in ("image", "idx", "json")
     }
     named = 0
-    for where in generator.integers(0, len(clean), 60).tolist():
+    headers = [offset - 512 for offset, _ in members.values()]
+    for where in [*generator.integers(0, len(clean), 60).tolist(), *headers]:
         flip(shard, where)
         damages = verify(dataset)
         assert len(damages) == 1
-        hit = [place for place, (offset, size) in members.items() if offset <= where < offset + size]
+        hit = [place for place, (offset, size) in members.items() if offset - 512 <= where < offset + size]
         if hit:
             named += 1
             assert (damages[0].key, damages[0].member) == hit[0]
@@ -107,6 +108,27 @@ def test_truncated_missing_and_foreign(dataset: Path) -> None:
     assert [d.member for d in verify(dataset)] == ["manifest.parquet", ""]
     (dataset / "manifest.parquet").unlink()
     assert verify(dataset)[0].reason == "is missing"
+
+
+def test_a_flipped_byte_of_a_description(dataset: Path) -> None:
+    """Found wherever it is, and never a traceback."""
+    for name in ("dataset.json", "report.html", "manifest.parquet"):
+        clean = (dataset / name).read_bytes()
+        for where in range(0, len(clean), max(1, len(clean) // 120)):
+            flip(dataset / name, where)
+            try:
+                assert name in {damage.member for damage in verify(dataset)}
+            except UserError as error:
+                assert "dataset.json" in str(error) or "dataset format" in str(error)  # noqa: PT017
+            (dataset / name).write_bytes(clean)
+
+
+def test_a_shard_of_another_dataset(dataset: Path) -> None:
+    """Whoever reads every tar of the folder would take it."""
+    shutil.copy(next(dataset.glob("*.tar")), dataset / "train-mr-volume-000009.tar")
+    assert [str(damage) for damage in verify(dataset)] == [
+        "train-mr-volume-000009.tar: is no shard of this dataset"
+    ]
 
 
 def test_no_dataset(tmp_path: Path, dataset: Path) -> None:
