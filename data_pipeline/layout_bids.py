@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_pipeline.errors import Quarantined, UserError, shown
-from data_pipeline.layout_described import read_json
+from data_pipeline.layout_described import NotJson, read_json
 from data_pipeline.layout_folder import image_files
 from data_pipeline.layout_table import text_table
 from data_pipeline.layouts import Case, Discovery
@@ -169,11 +169,16 @@ class _Dataset:
         return found
 
     def sidecar(self, file: Location) -> dict[str, Any]:
-        """The JSON fields that apply to a file; nearer files override."""
+        """The JSON fields that apply to a file; nearer files override. One that is no JSON object is counted
+        and left out."""
         merged: dict[str, Any] = {}
         for path in self.inherited(file, self.json):
             if path not in self.read:
-                self.read[path] = read_json(path)
+                try:
+                    self.read[path] = read_json(path)
+                except NotJson:
+                    self.read[path] = {}
+                    self.find.count("sidecars that cannot be read")
             merged |= self.read[path]
         return merged
 

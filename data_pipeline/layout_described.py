@@ -27,12 +27,22 @@ def msd(find: Discovery) -> list[Case]:
     channels, which lie on the fourth axis (or in a list of files)."""
     dataset = _Dataset(find)
     cases = []
+    labels: dict[tuple[Location, ...], Location | None] = {}
     for part, split in SPLITS.items():
         listed = dataset.info.get(part) or []
         if not isinstance(listed, list):
             raise UserError(f"{shown(dataset.where)}: {part} is not a list of images")
         for number, entry in enumerate(listed):
             images, label = dataset.entry(part, number, entry)
+            if images in labels:
+                if label is not None and label != labels[images]:
+                    raise UserError(
+                        f"{shown(dataset.where)}: {shown(images[0])} is listed twice with different labels; "
+                        "keep one entry"
+                    )
+                find.count("entries of a dataset file listed twice")
+                continue
+            labels[images] = label
             if find.src.selects(relative(images[0], find.src.path)):
                 cases.append(dataset.case(images, label, split, stem(images[0])))
     return cases
@@ -63,7 +73,7 @@ class _Dataset:
     """A dataset.json: its channels and labels, and the cases that share them."""
 
     def __init__(self, find: Discovery) -> None:
-        self.src = find.src
+        self.src, self.count = find.src, find.count
         self.where = find.src.path / "dataset.json"
         self.info = read_json(self.where)
         self.names = channels_of(
@@ -114,7 +124,7 @@ _Found = tuple[tuple[Location, ...], Location | None, str | None, str]
 
 
 def _in_folders(dataset: _Dataset) -> Iterator[_Found]:
-    ending = str(dataset.info.get("file_ending") or "")
+    ending, count = str(dataset.info.get("file_ending") or ""), dataset.count
     for images, labels, split in FOLDERS:
         numbered: dict[tuple[str, str], dict[int, Location]] = defaultdict(dict)
         for file in _listing(dataset.src.path / images):
@@ -122,19 +132,26 @@ def _in_folders(dataset: _Dataset) -> Iterator[_Found]:
             match = re.fullmatch(r"(.+)_(\d{4})", stem(file), re.DOTALL)
             if match and is_image(file) and (not ending or tail == ending):
                 numbered[match.group(1), tail][int(match.group(2))] = file
+            else:
+                count("files that are no numbered channel of the dataset's file ending")
         labelled = {file.name: file for file in _listing(dataset.src.path / labels)}
+        unused = len(labelled.keys() - {f"{name}{tail}" for (name, tail) in numbered})
+        count("labels that fit no image", unused)
         for (name, tail), files in sorted(numbered.items()):
             if 0 not in files:
+                count("cases without a first channel")
                 continue
-            count = max(len(dataset.names), max(files) + 1)
+            channels = max(len(dataset.names), max(files) + 1)
             folder = dataset.src.path / images
-            every = tuple(files.get(n, folder / f"{name}_{n:04d}{tail}") for n in range(count))
+            every = tuple(files.get(n, folder / f"{name}_{n:04d}{tail}") for n in range(channels))
             label = labelled.get(f"{name}{tail}")
             if label is None and labels == "labelsTr":
-                raise UserError(
-                    f"{shown(dataset.src.path / labels)}: nnU-Net needs a label for every training case; "
-                    f"there is none for {name!r}"
-                )
+                if not labelled:
+                    raise UserError(
+                        f"{shown(dataset.src.path / labels)}: nnU-Net needs a label for every training case; "
+                        "there is none at all"
+                    )
+                count("training images without a label")
             yield every, label, split, name
 
 
@@ -202,16 +219,20 @@ def _modalities(names: tuple[str, ...], src: SourceConfig) -> tuple[str, ...]:
     return tuple(f for f in found if f is not None)
 
 
+class NotJson(UserError):
+    """A file that holds no JSON object, where its store did give it."""
+
+
 def read_json(path: Location) -> dict[str, Any]:
-    """A JSON object. Raises `UserError`."""
+    """A JSON object. Raises `NotJson`, or `UserError` where the store fails."""
     try:
         with store_errors(path):
             raw = path.read_bytes()
         described = json.loads(raw.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{shown(path)}: cannot be read as JSON ({type(error).__name__})") from error
+        raise NotJson(f"{shown(path)}: cannot be read as JSON ({type(error).__name__})") from error
     if not isinstance(described, dict):
-        raise UserError(f"{shown(path)}: is not a JSON object")
+        raise NotJson(f"{shown(path)}: is not a JSON object")
     return described
 
 

@@ -6,7 +6,6 @@ import csv
 import io
 import re
 from difflib import get_close_matches
-from pathlib import PureWindowsPath
 from typing import Any
 
 from data_pipeline.channel_words import channel_name, modality_of, sequence_of
@@ -80,8 +79,8 @@ def _case(find: Discovery, columns: list[str], files: tuple[str, ...], row: dict
             "state one, or one for each"
         )
     try:
-        images = tuple(_place(where.parent, file) for file in files)
-        label = _place(where.parent, text) if (text := row.get("label", "")) else None
+        images = tuple(joined(where.parent, file) for file in files)
+        label = joined(where.parent, text) if (text := row.get("label", "")) else None
     except ValueError as error:
         raise UserError(f"{shown(where)}: {error}") from error
     if not modality and _has_no_header(images[0]):
@@ -99,13 +98,6 @@ def _case(find: Discovery, columns: list[str], files: tuple[str, ...], row: dict
         name=stem(images[0]),
         sequence=_sequence(row.get("sequence", ""), where),
     )
-
-
-def _place(folder: Location, name: str) -> Location:
-    """A file named in a table; a relative name of Windows (``scans\\a.nii.gz``) is one with ``/``."""
-    if "\\" not in name or PureWindowsPath(name).drive or (folder / name).exists():
-        return joined(folder, name)
-    return joined(folder, PureWindowsPath(name).as_posix())
 
 
 def _has_no_header(image: Location) -> bool:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeAlias
 
 from upath import UPath
@@ -54,10 +54,13 @@ def is_remote(place: Location) -> bool:
 
 
 def joined(root: Location, name: str) -> Location:
-    """``name`` below ``root``; an absolute path or an address stands for itself. Raises ValueError as
-    `location` does."""
+    """``name`` below ``root``; an absolute path or an address stands for itself. A relative name of Windows
+    (``scans\\a.nii.gz``) is one with ``/``, unless a file is called so. Raises ValueError as `location`
+    does."""
     if "://" in name:
         return location(name)
+    if "\\" in name and not PureWindowsPath(name).drive and not (root / name).exists():
+        name = PureWindowsPath(name).as_posix()
     return Path(name) if is_remote(root) and name.startswith("/") else root / name.removeprefix("./")
 
 

@@ -110,6 +110,17 @@ def test_sidecars_are_inherited_and_in_seconds(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("content", ["{bad", "[1, 2]", "\ufffd"])
+def test_one_damaged_sidecar_does_not_end_the_build(tmp_path: Path, content: str) -> None:
+    describe(tmp_path)
+    image(tmp_path / "sub-01/anat/sub-01_T1w.nii.gz")
+    (tmp_path / "sub-01/anat/sub-01_T1w.json").write_text(content)
+    notes: Counter[str] = Counter()
+    (case,) = discover(SourceConfig(path=tmp_path), notes=notes)
+    assert case.sequence == "T1w"
+    assert notes == {"sidecars that cannot be read": 1}
+
+
 def test_labels_of_derivatives_join_by_entities(tmp_path: Path) -> None:
     describe(tmp_path)
     for session in ("A", "B"):

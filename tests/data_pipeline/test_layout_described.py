@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import nibabel
@@ -61,6 +62,24 @@ def test_entries_of_a_decathlon_file(tmp_path: Path) -> None:
         read_case(gone[0], SourceConfig(path=tmp_path))
 
 
+def test_entries_listed_twice_and_names_of_windows(tmp_path: Path) -> None:
+    for name in ("imagesTr/a", "labelsTr/a", "labelsTr/b"):
+        image(tmp_path / f"{name}.nii.gz")
+    entry = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
+    windows = {key: text.replace("/", "\\") for key, text in entry.items()}
+    notes: Counter[str] = Counter()
+    content = {"modality": {"0": "CT"}, "labels": LABELS, "test": ["imagesTr/a.nii.gz"]}
+    src = SourceConfig(path=describe(tmp_path, **content, training=[windows, entry]))
+    (case,) = discover(src, notes=notes)
+    assert (case.images, case.label) == (
+        (tmp_path / "imagesTr/a.nii.gz",),
+        tmp_path / "labelsTr/a.nii.gz",
+    )
+    assert notes == {"entries of a dataset file listed twice": 2}
+    with pytest.raises(UserError, match="listed twice with different labels"):
+        msd(tmp_path, training=[entry, {**entry, "label": "labelsTr/b.nii.gz"}])
+
+
 @pytest.mark.parametrize(
     ("content", "error"),
     [
@@ -107,6 +126,24 @@ def test_nnunet_reads_its_file_ending_and_no_macos_twins(tmp_path: Path) -> None
     image(tmp_path / "imagesTr/x_0002.nii.gz")
     with pytest.raises(Quarantined, match="3 files for 2 channels"):
         read_case(discover(src)[0], src)
+
+
+def test_nnunet_counts_what_it_leaves_out(tmp_path: Path) -> None:
+    for name in ("x_0000", "x_0001", "y_0000", "y_0001", "z_0001", "plain"):
+        image(tmp_path / f"imagesTr/{name}.nii.gz")
+    src, notes = nnunet(tmp_path), Counter()
+    with pytest.raises(UserError, match="there is none at all"):
+        discover(src)
+    image(tmp_path / "labelsTr/x.nii.gz")
+    image(tmp_path / "labelsTr/other.nii.gz")
+    cases = discover(src, notes=notes)
+    assert [(case.name, case.label is not None) for case in cases] == [("x", True), ("y", False)]
+    assert notes == {
+        "files that are no numbered channel of the dataset's file ending": 1,
+        "cases without a first channel": 1,
+        "labels that fit no image": 1,
+        "training images without a label": 1,
+    }
 
 
 def test_nnunet_version_1_and_regions(tmp_path: Path) -> None:
