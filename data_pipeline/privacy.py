@@ -76,7 +76,7 @@ NOTES = {
     "exif_orientation": "applied",
     "inverted": "true",
     "rescale": "per slice",
-    "suv": "tags missing",
+    "suv": "tags (missing|implausible)",
     "shear": r"\d{1,2}\.\d degrees",
     "sequence": "|".join(map(re.escape, SEQUENCES)),
     "b_value": r"\d{1,5}",

@@ -83,7 +83,7 @@ def _enhanced(ds: Dataset, modality: str) -> tuple[list[Frame], list[str]]:
     shared = ds.get("SharedFunctionalGroupsSequence") or [None]
     described, stated = len(ds.PerFrameFunctionalGroupsSequence), int(ds.get("NumberOfFrames", 1) or 1)
     if described != stated:
-        raise Quarantined("unreadable", f"{described} frames are described where {stated} are stated")
+        raise Quarantined("unreadable", f"{described:d} frames are described where {stated:d} are stated")
     frames, refused = [], []
     for n, own in enumerate(ds.PerFrameFunctionalGroupsSequence):
         groups = tuple(group for group in (own, shared[0]) if group is not None)

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 PHILIPS_SUV = (0x7053, 0x1000)
+#: What a patient weighs and is given: MBq for Bq, or grams for kilograms, lie outside.
+WEIGHT_G, DOSE_BQ, HALF_LIFE_S = (200.0, 500_000.0), (1e6, 1e11), (60.0, 1e7)
 
 
 def suv_factor(datasets: Sequence[Dataset], notes: dict[str, str]) -> float | None:
-    """Factor from real PET values to SUVbw (g/ml), or None (noted) where the tags do not allow it.
+    """Factor from real PET values to SUVbw (g/ml), or None (noted) where the tags do not allow it or state
+    what no patient weighs or is given.
 
     SUVbw = activity concentration [Bq/ml] * weight [g] / dose [Bq], the dose decayed to the time that the
     image is corrected to. Units CNTS need Philips' private factor; GML is SUV already.
@@ -32,13 +33,15 @@ def suv_factor(datasets: Sequence[Dataset], notes: dict[str, str]) -> float | No
         isotope = ds.RadiopharmaceuticalInformationSequence[0]
         weight = float(ds.PatientWeight) * 1000.0
         dose, half_life = float(isotope.RadionuclideTotalDose), float(isotope.RadionuclideHalfLife)
+        stated = ((weight, WEIGHT_G), (dose, DOSE_BQ), (half_life, HALF_LIFE_S))
+        if not all(low <= value <= high for value, (low, high) in stated):
+            notes["suv"] = "tags implausible"
+            return None
         correction = str(ds.DecayCorrection).upper()
         if correction == "START":
             dose *= 2.0 ** (-_seconds_since_injection(datasets, isotope) / half_life)
         elif correction != "ADMIN":
             raise ValueError("not decay corrected")
-        if min(weight, dose, half_life) <= 0 or not np.isfinite(weight / dose):
-            raise ValueError("dose or weight")
         return weight / dose
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         notes["suv"] = "tags missing"

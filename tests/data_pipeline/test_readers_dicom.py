@@ -265,6 +265,24 @@ def test_suv_factor_follows_the_formula() -> None:
         assert notes == {"suv": "tags missing"}
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RadionuclideTotalDose", 370),  # MBq
+        ("RadionuclideTotalDose", 0),
+        ("RadionuclideHalfLife", 0),
+        ("RadionuclideHalfLife", 109.8e9),
+        ("PatientWeight", 70000),  # grams
+        ("PatientWeight", 0),
+    ],
+)
+def test_suv_is_not_made_of_what_no_patient_weighs_or_is_given(name: str, value: float) -> None:
+    ds, notes = pet(), {}
+    setattr(ds if name == "PatientWeight" else ds.RadiopharmaceuticalInformationSequence[0], name, value)
+    assert suv_factor([ds], notes) is None
+    assert notes == {"suv": "tags implausible"}
+
+
 def test_pet_is_read_as_suv(tmp_path: Path) -> None:
     pet().save_as(tmp_path / "a.dcm", enforce_file_format=True)
     volume = read(tmp_path / "a.dcm")
