@@ -41,7 +41,7 @@ def peak(scans: Path, out: Path, include: str) -> int:
 
 @pytest.mark.slow
 def test_memory_follows_the_largest_scan(scans: Path, tmp_path: Path) -> None:
-    """Over that of a build of almost nothing: at most 6 times the voxels of one scan, for 3 scans as for 16."""
+    """Over that of a build of almost nothing: at most 6 times the voxels of a scan, for 3 scans as for 16."""
     voxels = 128**3 * 2
     idle = peak(scans, tmp_path / "a", "small*")
     few = peak(scans, tmp_path / "b", "p0[0-2]*")
