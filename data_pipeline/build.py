@@ -475,7 +475,7 @@ def _read(jobs: Sequence[Job], settings: Settings, hands: Pool, shown: Progress)
     for number, codes in results:
         job = todo[number]
         if isinstance(codes, Lost):
-            message = f"{job.case.images[0]}: ended its worker {codes.times} times, though it was read alone"
+            message = f"{job.case.images[0]}: ended its worker or had no memory, {codes.times} times, alone"
             refusal = Refusal("kills_workers", "", message, "image")
             journal.finish(job.outcome(refusals=(refusal,)))
             codes = ["kills_workers"]

@@ -134,6 +134,8 @@ class Earlier:
         """Divide what the dataset shall hold into rows that stay where they are, in shards of which every row
         stays, and samples to write.
         """
+        if not self.rows:
+            return [], list(samples)
         rows = as_stored([sample.row for sample in samples])
         same: dict[str, Staged] = {}
         for sample, row in zip(samples, rows):

@@ -135,7 +135,10 @@ class Place:
             os.replace(local, self.path(name))
         except OSError:  # another file system
             temporary = Path(self.address) / f".{name}{PARTIAL}"
-            shutil.copyfile(local, temporary)
+            try:
+                shutil.copyfile(local, temporary)
+            except OSError as error:  # a full disk here; the system names the file it was read from
+                raise OSError(error.errno, error.strerror, str(temporary)) from error
             os.replace(temporary, self.path(name))
             local.unlink()
 

@@ -123,10 +123,8 @@ def prepare(job: Job, settings: Settings) -> list[str]:
             samples.append(_stage(job, n, volume, label, hidden, settings))
     except Quarantined as error:
         refusals.append(Refusal(error.code, error.detail, str(error.at(job.case.images[0])), "image"))
-    except (UserError, OSError):
+    except (UserError, OSError, MemoryError):
         raise  # a mistake in the recipe or trouble of this machine (a full disk), not of the file
-    except MemoryError:
-        refusals.append(Refusal("kills_workers", "", f"{job.case.images[0]}: MemoryError", "image"))
     except Exception as error:  # one strange file of thousands is refused by name, never the end of the build
         message = f"{job.case.images[0]}: {type(error).__name__}: {error}"
         refusals.append(Refusal("unforeseen", type(error).__name__, message, "image"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 
 ALONE = 2  # times that a call may end its worker while nothing else runs there, before it is given up
+ADDRESS = re.compile(r"((tcp|tls|ws|wss|ucx)://)?[^/]+:\d+")
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -40,7 +42,7 @@ def fix_threads(count: str | None = None) -> None:
 
 @dataclass(frozen=True)
 class Lost:
-    """In place of a result: the call ended its worker again and again, also when it ran alone."""
+    """In place of a result: the call ended its worker, or its memory, again and again, also alone."""
 
     times: int
 
@@ -78,9 +80,6 @@ class Pool:
     ) -> Iterator[tuple[int, Any]]:
         """`ended[n]` is how often call n ended its worker, alone, in an earlier run; `on_kill(n)` reports one
         more."""
-        if self.client is None:
-            yield from ((n, function(*a)) for n, a in enumerate(arguments))
-            return
         times = list(ended) if ended is not None else [0] * len(arguments)
         suspects: deque[int] = deque(n for n in range(len(arguments)) if times[n])
         first = [n for n in range(len(arguments)) if not times[n]]
@@ -105,6 +104,9 @@ class Pool:
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], numbers: Sequence[int]
     ) -> Iterator[tuple[int, Any]]:
         """Calls side by side; few are handed out at a time, so that a dying worker takes few with it."""
+        if self.client is None:
+            yield from ((n, _here(function, arguments[n])) for n in numbers)
+            return
         from distributed import KilledWorker, as_completed
 
         waiting = deque(numbers)
@@ -123,7 +125,7 @@ class Pool:
             while running:
                 future = next(queue)
                 n = running.pop(future)
-                if future.status == "error" and isinstance(future.exception(), KilledWorker):
+                if future.status == "error" and isinstance(future.exception(), KilledWorker | MemoryError):
                     result: Any = Lost(1)
                 else:
                     result = future.result()
@@ -140,6 +142,13 @@ class Pool:
             self._last = sum(w["nthreads"] for w in info.values()) or self._last
             self._asked = time.monotonic()
         return self._last
+
+
+def _here(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return function(*arguments)
+    except MemoryError:
+        return Lost(1)
 
 
 @contextmanager
@@ -168,6 +177,8 @@ def pool(workers: int, scheduler: str | None = None) -> Iterator[Pool]:
     }
     with dask.config.set(settings):
         if scheduler is not None:
+            if not ADDRESS.fullmatch(scheduler):  # dask would wait for it, and complain for a page
+                raise UserError(f"--scheduler {scheduler}: give an address like tcp://HOST:8786")
             try:
                 client = Client(scheduler, timeout="20s", set_as_default=False)
             except (OSError, ValueError) as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from typing import Any, Literal
 from engine.errors import UserError
 
 FAILED = 3
+STOPPED = 75
 Frame = Literal["index", "ras", "lps"]
 
 
@@ -67,6 +70,7 @@ def build(args: argparse.Namespace, _: Sequence[str]) -> int:
     if recipes and len(sources) > 1:
         raise UserError(f"{recipes[0]}: give one YAML file, which lists every source, or folders and tables")
     recipe = read_recipe(sources[0] if recipes else sources, Path(args.root) if args.root else None, changes)
+    _hear_sigterm()
     report = build_shards(
         recipe.sources, args.out, Path(args.private) if args.private else None, workers=_workers(args),
         scheduler=args.scheduler, part=part_of(args.part), work=Path(args.work) if args.work else None,
@@ -82,12 +86,24 @@ def merge(args: argparse.Namespace, _: Sequence[str]) -> int:
     """`medfm shards merge [WORK...] --out DIR`."""
     from data_pipeline.build import merge as merge_parts
 
+    _hear_sigterm()
     report = merge_parts(
         args.out, [Path(part) for part in args.parts], Path(args.private) if args.private else None,
         workers=_workers(args), scheduler=args.scheduler,
     )  # fmt: skip
     print(report.text())
     return 0
+
+
+def _hear_sigterm() -> None:
+    """SIGTERM, as of a batch system, ends a build in order, its workers too."""
+
+    def stop(*_: object) -> None:
+        print("medfm: stopped; start the same command again to go on", file=sys.stderr)
+        raise SystemExit(STOPPED)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def part_of(text: str | None) -> tuple[int, int] | None:

@@ -1,6 +1,6 @@
-"""SIGKILL at a change of the file system, whichever it is: the same command started again gives the same bytes.
+"""SIGKILL at any change of the file system: the same command started again gives the same bytes.
 
-The builds run in forks of one small process, each killed at its n-th file opened for writing, renamed, removed.
+The builds run in forks of one small process, each killed at its n-th file written, renamed or removed.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,9 +22,11 @@ from scan_files import phantom, write_nifti
 
 from data_pipeline.build import build, merge
 from data_pipeline.errors import UserError
+from data_pipeline.layouts import Case
 from data_pipeline.manifest import Manifest
 from data_pipeline.sources import SourceConfig
 from data_pipeline.verify import verify
+from data_pipeline.volume import Volume
 
 REPO = Path(__file__).parents[2]
 RECIPE = """
@@ -188,6 +191,29 @@ def test_a_scan_that_kills_workers_is_quarantined_and_nothing_else(scans: Path, 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("fault", "code"), [(MemoryError, "kills_workers"), (RecursionError, "unforeseen")])
+def test_a_scan_that_cannot_be_read_here(
+    fault: type[Exception], code: str, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline import sample
+
+    read = sample.read_case
+    tries = Counter[str]()
+
+    def failing(case: Case, source: SourceConfig, seed: int) -> list[Volume]:
+        tries[case.images[0].name] += 1
+        if case.images[0].name == "p3.nii.gz" or (
+            tries["p4.nii.gz"] == 1 and case.images[0].name == "p4.nii.gz" and fault is MemoryError
+        ):
+            raise fault
+        return read(case, source, seed)
+
+    monkeypatch.setattr(sample, "read_case", failing)
+    report = build(sources(scans), tmp_path / "a", progress=False)
+    assert report.quarantined == {code: 1, "unreadable": 1}
+    assert report.samples == 13  # another scan had too little memory once, beside the large one
+
+
 @pytest.mark.slow
 def test_a_worker_killed_once_costs_nothing(scans: Path, tmp_path: Path) -> None:
     write_scan(scans, 20)
@@ -247,9 +273,10 @@ def test_what_changed_while_a_build_was_cut_off(
     whole(scans, tmp_path / "a")
     private = share_key(tmp_path / "a-private", tmp_path / "b-private")
     how = {"shard_samples": 3, "level_min_voxels": 2000, "progress": False}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("data_pipeline.build.complete", Mock(side_effect=KeyboardInterrupt))
-        build(sources(scans), tmp_path / "b", private, **how)  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            build(sources(scans), tmp_path / "b", private, **how)  # type: ignore[arg-type]
     assert len(list(private.glob("work/cases/*/*.json"))) == 16
     write_nifti(scans / "ct" / "a0_img.nii.gz", phantom(3))  # a copy that comes first, labelled otherwise
     write_nifti(scans / "ct" / "a0_lab.nii.gz", (phantom(3) > 50).astype(np.uint8))
@@ -260,9 +287,11 @@ def test_what_changed_while_a_build_was_cut_off(
     assert report.notes["label conflicts between duplicates"] == 1
     updated = build(changed(), tmp_path / "a", **how)  # type: ignore[arg-type]
     assert updated.read == 2  # the copy and its twin
-    one, other = split_of_inputs(tmp_path / "a"), split_of_inputs(tmp_path / "b")
-    stated = {key for key, split in other.items() if split != "train"}
-    assert {key: one[key] for key in stated} == {key: other[key] for key in stated}
+    given = split_of_inputs(tmp_path / "a")
+    entries = [json.loads(line) for line in (tmp_path / "a-private" / "index.jsonl").open()]
+    stated = {key: entry["split"] for entry in entries if entry["split"] for key in entry["keys"]}
+    assert len(stated) == 2
+    assert {key: given[key] for key in stated} == stated
 
 
 def test_the_folder_for_unfinished_work_keeps_what_else_it_holds(scans: Path, tmp_path: Path) -> None:
