@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipeline.errors import Quarantined
 from data_pipeline.locations import Location, head
-from data_pipeline.readers.raw import Raw, check_size
+from data_pipeline.readers.raw import Raw, check_extent, check_size
 
 HEADER_LIMIT = 1 << 20
 NRRD = (".nrrd", ".nhdr")
@@ -107,7 +107,9 @@ def decode(path: Path, *, accept_no_form: bool = False, label: bool = False) -> 
         raise Quarantined("no_spacing", "an axis without a direction")
     provenance = {}
     if spacing_known:
-        affine[:3] *= _millimetres(fields)
+        affine[:3] *= (unit := _millimetres(fields))
+        if unit == 1.0:
+            check_extent(affine, frames.shape[1:])
         turned = None if nrrd else _by_letters(fields)
         if turned is not None:
             affine[:3, :3] = turned * np.linalg.norm(affine[:3, :3], axis=0)

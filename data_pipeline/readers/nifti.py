@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.errors import Quarantined
 from data_pipeline.readers.gunzip import read_array
-from data_pipeline.readers.raw import DEFLATE, Raw, check_size
+from data_pipeline.readers.raw import DEFLATE, Raw, check_extent, check_size
 from data_pipeline.volume import corner_distance
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -74,6 +74,8 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
     affine, provenance = _affine(header, frames.shape[1:], zooms, accept_no_form)
     affine = RAS_TO_LPS @ np.asarray(affine, dtype=np.float64)
     affine[:3] *= MILLIMETRES[unit]
+    if MILLIMETRES[unit] == 1.0:
+        check_extent(affine, frames.shape[1:])
     if unit == 0:
         provenance["units_unknown"] = "true"
     return Raw(

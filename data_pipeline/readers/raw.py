@@ -10,6 +10,7 @@ import numpy as np
 from data_pipeline.errors import Quarantined
 
 MAX_VOXELS = 1 << 33  # of one file, all frames
+SMALLEST_SIDE, LARGEST_SIDE = 0.5, 5000.0  # mm, of the longest side of a scan
 RIGHT_ANGLE = 2e-3  # largest cosine between axes that count as at right angles
 DEFLATE = 1032  # times that zlib can shrink anything, at most
 
@@ -59,6 +60,16 @@ def check_affine(affine: np.ndarray, *, sheared: bool = False) -> np.ndarray:
             "sheared", f"axes are {np.degrees(np.arcsin(cosines)):.2f} degrees off the right angle"
         )
     return affine
+
+
+def check_extent(affine: np.ndarray, shape_zyx: tuple[int, ...]) -> None:
+    """Refuse a scan in millimetres whose size tells that they are none (metres, micrometres called so).
+
+    Raises `Quarantined` ``bad_geometry``.
+    """
+    side = float((np.linalg.norm(affine[:3, :3], axis=0) * shape_zyx[::-1]).max())
+    if np.isfinite(side) and not SMALLEST_SIDE <= side <= LARGEST_SIDE:
+        raise Quarantined("bad_geometry", f"a longest side of {side:.2g} mm")
 
 
 def check_size(voxels: int, size: int, stored: int, shrink: int = DEFLATE) -> None:

@@ -153,6 +153,12 @@ def test_units_of_length(tmp_path: Path, unit: str, scale: float) -> None:
         np.testing.assert_allclose(sitk.ReadImage(str(path)).GetSpacing(), (2.0, 3.0, 4.0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("wrong", [0.001, 1000.0])
+def test_metres_or_micrometres_called_millimetres_are_refused(tmp_path: Path, wrong: float) -> None:
+    affine = np.diag([0.7 * wrong, 0.7 * wrong, 5.0 * wrong, 1.0])
+    assert code_of(save(tmp_path / "a.nii", values(shape=(64, 64, 8)), affine)) == "bad_geometry"
+
+
 def test_a_unit_of_length_that_nifti_does_not_know_is_named(tmp_path: Path) -> None:
     with pytest.raises(Quarantined, match="unit of length") as refused:
         read(patch(save(tmp_path / "a.nii", values()), 123, "u1", 5), modality="MR")
