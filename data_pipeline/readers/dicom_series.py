@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -168,17 +169,24 @@ def read_header(path: Path, with_pixels: bool = False) -> Dataset:
     """A parsed DICOM file, without its pixels unless asked; `Quarantined` where it is none."""
     import pydicom
 
-    try:
+    with _damage_named(path):
         pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # its warnings quote values
         header = pydicom.dcmread(path, stop_before_pixels=not with_pixels, force=True)
         _check(header, path)
+    return header
+
+
+@contextmanager
+def _damage_named(path: Location) -> Iterator[None]:
+    """Whatever pydicom raises for a damaged file as `Quarantined`."""
+    try:
+        yield
     except Quarantined:
         raise
     except (EOFError, OSError) as error:
         raise Quarantined("truncated" if isinstance(error, EOFError) else "unreadable", "", path) from error
     except Exception as error:  # a damaged header fails in any of pydicom's conversions
         raise Quarantined("unreadable", type(error).__name__, path) from error
-    return header
 
 
 def _check(header: Dataset, path: Location) -> None:
@@ -199,7 +207,7 @@ def _scan(path: Location) -> Header | None:
     from pydicom.filereader import read_partial
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # its warnings quote values
-    try:
+    with _damage_named(path):
         with path.open("rb") as file:
             ds = read_partial(file, lambda tag, vr, length: tag > LAST, force=True)
             sop_class = str(ds.get("SOPClassUID", "") or "")
@@ -225,12 +233,6 @@ def _scan(path: Location) -> Header | None:
             refusal(ds),
             references(ds, kind) if kind is not None else None,
         )
-    except Quarantined:
-        raise
-    except (EOFError, OSError) as error:
-        raise Quarantined("truncated" if isinstance(error, EOFError) else "unreadable", "", path) from error
-    except Exception as error:  # a damaged header fails in any of pydicom's conversions
-        raise Quarantined("unreadable", type(error).__name__, path) from error
 
 
 def _commonest(names: Iterable[str]) -> str:
