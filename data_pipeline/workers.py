@@ -125,6 +125,10 @@ class Pool:
             while running:
                 future = next(queue)
                 n = running.pop(future)
+                if future.status in ("cancelled", "lost"):
+                    raise UserError(
+                        "the connection to the dask scheduler was lost; start the same build again"
+                    )
                 if future.status == "error" and isinstance(future.exception(), KilledWorker | MemoryError):
                     result: Any = Lost(1)
                 else:
@@ -163,7 +167,8 @@ def pool(workers: int, scheduler: str | None = None) -> Iterator[Pool]:
     import dask
     from distributed import Client, LocalCluster
 
-    logging.getLogger("distributed").setLevel(logging.ERROR)  # its warnings show arguments, which are paths
+    for name in ("distributed", "distributed.client"):  # their warnings show arguments, which are paths, and
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters of them is raised here
     settings = {
         "distributed.scheduler.allowed-failures": 0,  # the calls of a killed worker come back at once
         "distributed.scheduler.worker-saturation": 1.0,
