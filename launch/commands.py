@@ -22,9 +22,14 @@ Frame = Literal["index", "ras", "lps"]
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Run the parsed command; `extra` are recipe or source fields. Returns the exit code."""
     if args.command == "shards":
-        return {"build": build, "merge": merge, "verify": verify, "inspect": inspect, "order": order}[
-            args.action
-        ](args, extra)
+        from data_pipeline.shard_reader import DamagedSample
+
+        actions = {"build": build, "merge": merge, "verify": verify, "inspect": inspect, "order": order}
+        try:
+            return actions[args.action](args, extra)
+        except DamagedSample as error:
+            print(f"medfm: error: {error}; `medfm shards verify` lists every fault", file=sys.stderr)
+            return FAILED
     commands = {
         "pretrain": train,
         "finetune": train,

@@ -123,6 +123,26 @@ def test_a_flipped_byte_of_a_description(dataset: Path) -> None:
             (dataset / name).write_bytes(clean)
 
 
+def test_inspect_of_a_damaged_sample_is_one_line(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.cli import main
+
+    manifest = Manifest.open(dataset)
+    flip(dataset / manifest.column("shard")[0], int(manifest.column("idx_offset")[0]) + 30)
+    with pytest.raises(SystemExit, match="3"):
+        main(["shards", "inspect", str(dataset), "--key", str(manifest.column("key")[0])])
+    said = capsys.readouterr().err
+    assert said.startswith(f"medfm: error: sample {manifest.column('key')[0]} in ")
+    assert said.count("\n") == 1
+
+
+def test_an_unknown_option_is_not_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.cli import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["shards", "build", str(tmp_path), "--out", str(tmp_path / "o"), "--on-leak", "strictest"])
+    assert "'--on-leak' is not known" in capsys.readouterr().err
+
+
 def test_a_shard_of_another_dataset(dataset: Path) -> None:
     """Whoever reads every tar of the folder would take it."""
     shutil.copy(next(dataset.glob("*.tar")), dataset / "train-mr-volume-000009.tar")
