@@ -117,7 +117,7 @@ def prepare(job: Job, settings: Settings) -> list[str]:
             hidden = None
             if job.source.deface is not None or job.source.burned_in == "mask":
                 volume, hidden = _without_identity(volume, job.source, notes)
-            label, faults = label_of(job.case, job.source, volume, n, settings.ids)
+            label, faults = _label(job, volume, n, settings)
             refusals += [Refusal(fault.code, fault.detail, str(fault), "label") for fault in faults]
             notes.update(_noteworthy(volume, label))
             samples.append(_stage(job, n, volume, label, hidden, settings))
@@ -151,6 +151,15 @@ def _volumes(job: Job, seed: int) -> list[Volume]:
         raise Quarantined("missing") from error
     except OSError as error:  # the right to read it, or a disk or network that fails
         raise Quarantined("unreadable", type(error).__name__) from error
+
+
+def _label(
+    job: Job, volume: Volume, number: int, settings: Settings
+) -> tuple[Label | None, list[Quarantined]]:
+    try:
+        return label_of(job.case, job.source, volume, number, settings.ids)
+    except OSError as error:
+        return None, [Quarantined("label_unreadable", type(error).__name__)]
 
 
 def _check_burned_in(volume: Volume, source: SourceConfig) -> None:
@@ -206,6 +215,8 @@ def _stage(
     kind, axes = _geometry(volume, job.source.geometry)
     stored = quantise(volume.voxels, volume.slope, volume.intercept, volume.invalid, exact=settings.exact)
     norms = statistics(volume, stored)
+    if not np.isfinite(norms).all():
+        raise Quarantined("value_range", "a statistic is not finite")
     arrays = {"image": stored.voxels}
     visible = stored.voxels if hidden is None else _hide(stored.voxels, hidden)
     factors = level_factors(kind, axes)

@@ -89,7 +89,7 @@ def build(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 def merge(args: argparse.Namespace, _: Sequence[str]) -> int:
     """`medfm shards merge [WORK...] --out DIR`."""
-    from data_pipeline.build import merge as merge_parts
+    from data_pipeline.merge import merge as merge_parts
 
     _hear_sigterm()
     report = merge_parts(

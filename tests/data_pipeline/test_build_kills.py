@@ -21,7 +21,8 @@ import numpy as np
 import webdataset  # imported once, not in every fork
 from scan_files import phantom, write_nifti
 
-from data_pipeline.build import build, merge
+from data_pipeline.build import build
+from data_pipeline.merge import merge
 from data_pipeline.sources import SourceConfig
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from scan_files import phantom, write_nifti
 
-from data_pipeline.build import BuildReport, build, build_from_recipe, label_ids
+from data_pipeline.build import BuildReport, build, build_from_recipe
+from data_pipeline.build_checks import label_ids
 from data_pipeline.errors import UserError
 from data_pipeline.layouts import Case
 from data_pipeline.manifest import Manifest

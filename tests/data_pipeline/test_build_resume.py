@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 from scan_files import phantom, write_nifti
 
-from data_pipeline.build import build, merge
+from data_pipeline.build import build
 from data_pipeline.errors import UserError
 from data_pipeline.layouts import Case
 from data_pipeline.manifest import Manifest
+from data_pipeline.merge import merge
 from data_pipeline.sources import SourceConfig
 from data_pipeline.verify import verify
 from data_pipeline.volume import Volume
