@@ -113,7 +113,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str], schema: type[
 def save_recipe(recipe: BaseModel, path: Path) -> None:
     """Write the resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
 def identity_of(recipe: BaseModel) -> dict[str, Any]:
