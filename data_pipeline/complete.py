@@ -28,7 +28,7 @@ from data_pipeline.splits import Member, assign_subjects, check_leaks
 from data_pipeline.workers import Pool
 
 SHARD_BYTES = 1 << 30
-POOL_BYTES = 1 << 26  # below this, handing the shards out takes longer than writing them
+POOL_BYTES = 1 << 29  # below this, importing webdataset in every worker takes longer than writing the shards
 
 
 @dataclass
