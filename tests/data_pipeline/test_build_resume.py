@@ -416,11 +416,12 @@ def foregrounds(root: Path) -> dict[str, object]:
 
 def test_two_builds_at_once(scans: Path, tmp_path: Path) -> None:
     """The second is told to wait, whatever it was to build."""
+    folder = tmp_path / "a-private" / "work"
+    folder.mkdir(parents=True)
     code = textwrap.dedent(
         f"""
         import fcntl, os, time
-        os.makedirs({str(tmp_path / "a-private/work")!r})
-        file = os.open({str(tmp_path / "a-private/work/lock")!r}, os.O_CREAT | os.O_RDWR)
+        file = os.open({str(folder / "lock")!r}, os.O_CREAT | os.O_RDWR)
         fcntl.flock(file, fcntl.LOCK_EX)
         print("held", flush=True)
         time.sleep(60)

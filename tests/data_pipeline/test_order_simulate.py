@@ -38,7 +38,7 @@ class Grid:
         return self.columns[name]
 
     def row(self, i: int) -> dict[str, Any]:
-        raise NotImplementedError
+        raise AssertionError("a simulation reads columns, never a whole row")
 
 
 @pytest.fixture(scope="module")
