@@ -172,6 +172,10 @@ class Manifest:
             self._columns[name] = values
         return self._columns[name]
 
+    def value(self, i: int, name: str) -> Any:
+        """One value of row `i` in Python; a column of texts would take memory for every row."""
+        return self.table.column(name)[int(i)].as_py()
+
     def row(self, i: int) -> dict[str, Any]:
         """Every column of row `i` as Python values."""
         found: dict[str, Any] = self.table.slice(int(i), 1).to_pylist()[0]
