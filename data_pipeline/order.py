@@ -26,6 +26,8 @@ from data_pipeline.rng import uniforms
 from data_pipeline.schedule import MixtureConfig, compose, lane_table, source_table, stratum_shares
 
 KINDS = ("volume", "slab", "planar")
+#: Of the rule by which samples are drawn; a run that was started under another is not resumed silently.
+ORDER_VERSION = 2
 
 
 class Columns(Protocol):

@@ -34,7 +34,10 @@ class Task(Protocol):
 
     Optional hooks, used when present: `model.set_checkpointing(bool)`, `model.blocks_to_compile() ->
     Iterable[nn.Module]`, `model.calls_vary = True` where the number or order of calls of its parts
-    depends on the data (ZeRO 3 gathers a part's weights from all ranks at its call, so it is refused).
+    depends on the data (ZeRO 3 gathers a part's weights from all ranks at its call, so it is refused);
+    `describe_data() -> str`, said at the start; `data_counts() -> dict[str, float]` of this process so far,
+    the same names on all ranks, summed over them and logged as `data/NAME`; `data_notices() ->
+    list[str]`, what is new since the last call, for the rank's own log.
     """
 
     model: nn.Module
@@ -53,8 +56,8 @@ class Task(Protocol):
         """The resolved recipe; its identity fields guard a resume."""
         ...
 
-    def manifest_hash(self) -> str:
-        """Hash of the data the position refers to."""
+    def data_identity(self) -> dict[str, str]:
+        """Which sequence of samples a position counts in: hash of the manifest, version of the order."""
         ...
 
     def evaluate(self, update: int, rank: int, world: int, writer: Writer) -> dict[str, float]:

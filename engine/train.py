@@ -38,8 +38,8 @@ class Progress:
             was skipped.
         skipped: updates dropped because loss or gradient was not finite.
         bad_in_a_row: how many of those came last.
-        segments: stretches of the run with one recipe and one dataset: name, position, recipe identity,
-            manifest hash.
+        segments: stretches of the run with one recipe and one dataset: name, position, identity of the
+            recipe and of the data.
     """
 
     update: int = 0
@@ -112,6 +112,8 @@ def _train(
         )
         if found is not None:
             logs.say(f"resumed from {found.folder.name}")
+        for line in _hook(task, "describe_data", "").splitlines():
+            logs.say(line)
         loop = _Loop(task, config, run, world, engine, partition, logs, attempt, progress, frozen)
         return loop.run_until_done(stop, watchdog)
 
@@ -232,6 +234,12 @@ class _Loop:
             "optim/skipped": float(self.progress.skipped),
             "data/position": float(self.progress.position),
         }
+        for notice in _hook(self.task, "data_notices", []):
+            self.logs.event("data", text=notice)
+        counts = _hook(self.task, "data_counts", {})
+        if counts:
+            sums = self.world.sum(list(counts.values()))
+            values |= {f"data/{name}": total for name, total in zip(counts, sums, strict=True)}
         self.logs.scalars(self.progress.update, values)
 
     def _evaluate(self) -> None:
@@ -288,6 +296,12 @@ class _Loop:
         self.logs.event("checkpoint", name=folder.name, seconds=round(time.perf_counter() - began, 3))
 
 
+def _hook(task: Task, name: str, otherwise: Any) -> Any:
+    """What an optional hook of a task returns."""
+    hook = getattr(task, name, None)
+    return otherwise if hook is None else hook()
+
+
 def _open_run(run: Path, world: World) -> int:
     """Take the next attempt number and clear half-written checkpoints."""
     if world.rank == 0:
@@ -300,24 +314,21 @@ def _open_run(run: Path, world: World) -> int:
 
 def _restore(task: Task, found: checkpoint.Checkpoint | None, continue_as: str | None) -> Progress:
     """Load the model's weights and counters, and open a segment where the recipe or the data are new."""
-    identity, manifest = identity_of(task.recipe()), task.manifest_hash()
+    now = {"recipe": identity_of(task.recipe()), "data": task.data_identity()}
     if found is None:
-        segment = {"name": continue_as or "first", "position": 0, "recipe": identity, "manifest": manifest}
-        return Progress(segments=[segment])
+        return Progress(segments=[{"name": continue_as or "first", "position": 0, **now}])
     state = found.state
     progress = Progress(**{f.name: state[f.name] for f in dataclasses.fields(Progress)})
     before = progress.segments[-1]
-    changed = difference(before["recipe"], identity)
-    if before["manifest"] != manifest:
-        changed = "; ".join(filter(None, [changed, f"data: {before['manifest'][:12]} -> {manifest[:12]}"]))
+    differences = [difference(before.get(part, {}), now[part]) for part in ("recipe", "data")]
+    changed = "; ".join(filter(None, differences))
     if changed and not continue_as:
         raise UserError(
-            f"{found.folder}: the recipe differs from the run's in what changes the result ({changed}); "
-            "use another run folder, or --continue-as NAME to go on with the change"
+            f"{found.folder}: the recipe or the data differ from the run's in what changes the result "
+            f"({changed}); use another run folder, or --continue-as NAME to go on with the change"
         )
     if continue_as and (changed or continue_as != before["name"]):
-        new = {"name": continue_as, "position": progress.position, "recipe": identity, "manifest": manifest}
-        progress.segments.append(new)
+        progress.segments.append({"name": continue_as, "position": progress.position, **now})
     _load_weights(task, found)
     return progress
 

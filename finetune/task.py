@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order
+from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.rng import rng
 from data_pipeline.stream import open_stream
 from engine.errors import UserError
@@ -86,9 +86,9 @@ class FinetuneTask:
         """The resolved recipe."""
         return self._recipe
 
-    def manifest_hash(self) -> str:
-        """Hash of the dataset's manifest."""
-        return self.manifest.hash
+    def data_identity(self) -> dict[str, str]:
+        """The dataset and the rule by which samples are drawn."""
+        return {"manifest": self.manifest.hash[:16], "order": str(ORDER_VERSION)}
 
     def micro_steps(self, world: int) -> int:
         """One micro-step a group that a rank owns."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.geometry import PATCH
 from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order
+from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.stream import open_stream
 from engine.errors import UserError
 from model.plan import AdaptationPlan
@@ -88,9 +88,9 @@ class PretrainTask:
         """The resolved recipe."""
         return self._recipe
 
-    def manifest_hash(self) -> str:
-        """Hash of the manifest."""
-        return self.manifest.hash
+    def data_identity(self) -> dict[str, str]:
+        """The dataset and the rule by which samples are drawn."""
+        return {"manifest": self.manifest.hash[:16], "order": str(ORDER_VERSION)}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Matrices decay; biases, norms, gains and single learned tokens do not (He et al. 2022)."""

@@ -99,8 +99,8 @@ class ToyTask:
     def recipe(self) -> ToyRecipe:
         return self.the_recipe
 
-    def manifest_hash(self) -> str:
-        return "toy"
+    def data_identity(self) -> dict[str, str]:
+        return {"manifest": "toy"}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         trained = [p for p in self.model.parameters() if p.requires_grad]

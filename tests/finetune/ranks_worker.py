@@ -54,8 +54,8 @@ class Task:
     def recipe(self) -> FinetuneRecipe:
         return FinetuneRecipe()
 
-    def manifest_hash(self) -> str:
-        return "none"
+    def data_identity(self) -> dict[str, str]:
+        return {}
 
     def evaluate(self, *_: Any) -> dict[str, float]:
         return {"norm": float(sum(p.square().sum() for p in self.model.parameters()))}
