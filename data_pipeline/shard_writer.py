@@ -16,6 +16,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.frame_index import checksum, write_index
+from data_pipeline.geometry import PATCH, token_count
 from data_pipeline.manifest import MEMBERS, SUFFIX
 from data_pipeline.place import Place
 
@@ -91,10 +92,13 @@ class ShardPlan:
 def plan_shards(
     samples: Sequence[Staged], shard_samples: int, shard_bytes: int, taken: Sequence[str] = ()
 ) -> list[ShardPlan]:
-    """Group samples by split, modality and geometry; order by key; cut by count and bytes.
+    """Group samples by split, modality and geometry; order by source, size, key; cut by count and bytes.
 
-    Keys are hashes, so the order inside a group is random with respect to sources and subjects, yet fixed.
-    Numbers go on after those of the shards in `taken`.
+    A node fetches blocks of neighbouring samples, and the order draws samples of one source and one row class
+    in the same epoch. Neighbours of one source and one size class are wanted together, so that next to no
+    byte is fetched for another lane's sake. Keys are keyed hashes: inside a source and size class the order
+    is random, yet fixed. Nothing of the patient follows from a place in a shard, for source and shape are
+    columns of the manifest anyway. Numbers go on after those of the shards in `taken`.
     """
     start: dict[str, int] = defaultdict(int)
     for name in taken:
@@ -114,13 +118,19 @@ def plan_shards(
 def _cut(samples: list[Staged], shard_samples: int, shard_bytes: int) -> Iterator[list[Staged]]:
     part: list[Staged] = []
     size = 0
-    for sample in sorted(samples, key=lambda s: s.row["key"]):
+    for sample in sorted(samples, key=lambda s: (s.row["source"], size_class(s.row), s.row["key"])):
         if part and (len(part) >= shard_samples or size + sample.size > shard_bytes):
             yield part
             part, size = [], 0
         part.append(sample)
         size += sample.size
     yield part
+
+
+def size_class(row: Mapping[str, Any]) -> int:
+    """Smallest m such that 2^m tokens hold the whole sample; row classes are bounded by powers of two."""
+    stem = [row["shape"][1 + axis] for axis in row["axes"]]
+    return (token_count(stem, PATCH[row["geometry"]]) - 1).bit_length()
 
 
 @dataclass(frozen=True)
