@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import itertools
-import logging
 import multiprocessing
 import os
 import signal
@@ -30,12 +30,11 @@ import numpy as np
 import torch
 import webdataset as wds
 
+from data_pipeline.damage import DamageCount
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Draw, Order, lanes_of
 from data_pipeline.shard_reader import DamagedSample, ShardReader
-
-log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 LEVELS = ("image", "l1", "l2")
@@ -71,9 +70,26 @@ class Work:
 
 
 @dataclass(frozen=True)
+class _Read:
+    """The crops of one micro-step. `replaced`: keys of the damaged samples that the order chose; `faults`: of
+    every sample that this process found damaged for the first time.
+    """
+
+    work: Work
+    crops: list[Crop]
+    replaced: tuple[str, ...]
+    faults: tuple[DamagedSample, ...]
+
+
+@dataclass(frozen=True)
 class _Done(Generic[Batch]):
+    """A batch and what is counted about it. `drawn`: crops of each source, and its latest epoch."""
+
     batch: Batch
-    damaged: int
+    crops: int
+    replaced: tuple[str, ...]
+    faults: tuple[DamagedSample, ...]
+    drawn: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ class _Source:
 
 
 class _Reader:
-    """Pipeline stages from work to batches; counts damage for its own process."""
+    """Pipeline stages from work to batches."""
 
     def __init__(
         self,
@@ -110,78 +126,85 @@ class _Reader:
         collate: Callable[[int, int | None, list[Crop]], Any],
         with_seg: bool,
         all_channels: bool,
-        max_damage: float,
     ) -> None:
         self.shards, self.manifest, self.order, self.collate = shards, manifest, order, collate
-        self.with_seg, self.all_channels, self.max_damage = with_seg, all_channels, max_damage
-        self.seen = self.damaged = 0
-        self._keys = manifest.column("key")
-        self._has_seg = manifest.column("seg_offset") if with_seg else None
+        self.with_seg, self.all_channels = with_seg, all_channels
+        self._known: set[str] = set()  # damaged samples that the consuming process was told of
         self._channels: dict[int, tuple[list[str], np.ndarray]] = {}
 
-    def read(self, source: Iterator[Work]) -> Iterator[tuple[Work, list[Crop]] | _Failed]:
+    def read(self, source: Iterator[Work]) -> Iterator[_Read | _Failed]:
         """Stage: the crops of each group; none for a micro-step without one."""
         for work in source:
             try:
-                draws = [] if work.group is None else self.order.group_draws(work.update, work.group)
-                yield work, [self.crop(draw) for draw in draws]
+                yield self._group(work)
             except UserError as error:
-                # Raised in the reading process, where a worker's traceback would bury the line.
+                # Raised in the consuming process; a worker's traceback would bury the line.
                 yield _Failed(str(error))
                 return
 
-    def assemble(self, source: Iterator[tuple[Work, list[Crop]] | _Failed]) -> Iterator[_Done[Any] | _Failed]:
+    def assemble(self, source: Iterator[_Read | _Failed]) -> Iterator[_Done[Any] | _Failed]:
         """Stage: batches."""
         for item in source:
             if isinstance(item, _Failed):
                 yield item
                 return
-            work, crops = item
+            work, crops = item.work, item.crops
+            drawn: dict[str, tuple[int, int]] = {}
+            for draw in (crop.draw for crop in crops):
+                name = self.order.source_of(draw.index)
+                count, epoch = drawn.get(name, (0, 0))
+                drawn[name] = count + 1, max(epoch, draw.repeat)
             batch = self.collate(work.update, work.group, crops)
-            yield _Done(batch, sum(crop.substituted for crop in crops))
+            yield _Done(batch, len(crops), item.replaced, item.faults, drawn)
 
-    def crop(self, draw: Draw) -> Crop:
-        """The crop of a draw, or its first readable substitute, which depends on index and damage alone."""
-        self.seen += 1
+    def _group(self, work: Work) -> _Read:
+        draws = [] if work.group is None else self.order.group_draws(work.update, work.group)
+        crops, replaced, new = [], [], []
+        for draw in draws:
+            crop, faults = self.crop(draw)
+            crops.append(crop)
+            if faults:
+                replaced.append(faults[0].key)
+            for fault in faults:
+                if fault.key not in self._known:
+                    self._known.add(fault.key)
+                    new.append(fault)
+        return _Read(work, crops, tuple(replaced), tuple(new))
+
+    def crop(self, draw: Draw) -> tuple[Crop, list[DamagedSample]]:
+        """The crop of a draw, or of its first readable substitute, which depends on index and damage alone;
+        and the faults of those that were not readable.
+        """
+        faults: list[DamagedSample] = []
         taken = draw
-        for attempt in range(1, SUBSTITUTES + 2):
+        while True:
             try:
                 crop = self._cut(taken)
             except DamagedSample as damage:
-                log.warning("crop %d: %s; another sample is drawn", draw.index, damage)
-                fault = damage
-                taken = self.order.substitute(draw.index, attempt)
-                continue
-            if attempt > 1:
-                self._count(fault)
-                crop.substituted = True
-            return crop
-        raise UserError(
-            f"{fault}, and so are {SUBSTITUTES} others; run `medfm shards verify {self.manifest.root}`"
-        )
-
-    def _count(self, fault: DamagedSample) -> None:
-        self.damaged += 1
-        allowed = self.max_damage * max(self.seen, 100)
-        if self.damaged > allowed:
-            raise UserError(
-                f"{self.damaged} of {self.seen} crops hit damaged samples (allowed: {self.max_damage:.2%}); "
-                f"the last: {fault}; run `medfm shards verify {self.manifest.root}`"
-            )
+                faults.append(damage)
+            else:
+                crop.substituted = bool(faults)
+                return crop, faults
+            if len(faults) > SUBSTITUTES:
+                raise UserError(
+                    f"{faults[0]}, and so are {SUBSTITUTES} others; "
+                    f"run `medfm shards verify {self.manifest.root}`"
+                )
+            taken = self.order.substitute(draw.index, len(faults))
 
     def _cut(self, draw: Draw) -> Crop:
         channel = None if self.all_channels else draw.channel
         box = draw.origin, draw.extent
         voxels = self.shards.read_box(draw.row, LEVELS[draw.level], channel, *box)
         seg = None
-        if self._has_seg is not None and self._has_seg[draw.row] >= 0:
+        if self.with_seg and self.manifest.column("seg_offset")[draw.row] >= 0:
             if draw.level:
                 raise ValueError("labels are stored at level 0 only; draw with a window to read them")
             seg = _to_stem(self.shards.read_box(draw.row, "seg", None, *box), draw.axes)
         modalities, norm = self._described(draw.row)
         return Crop(
             draw=draw,
-            key=str(self._keys[draw.row]),
+            key=str(self.manifest.value(draw.row, "key")),
             modality=modalities[channel or 0],
             voxels=_to_stem(voxels, draw.axes),
             norm=norm if channel is None else norm[channel],
@@ -194,9 +217,8 @@ class _Reader:
         if row not in self._channels:
             if len(self._channels) > 4096:
                 self._channels.clear()
-            values = self.manifest.row(row)
-            norm = np.asarray(values["norm"], dtype=np.float64).reshape(-1, 7)
-            self._channels[row] = values["modalities"], norm
+            norm = np.asarray(self.manifest.value(row, "norm"), dtype=np.float64).reshape(-1, 7)
+            self._channels[row] = self.manifest.value(row, "modalities"), norm
         return self._channels[row]
 
 
@@ -207,12 +229,17 @@ def _to_stem(array: np.ndarray, axes: tuple[int, int, int]) -> np.ndarray:
 
 
 class Stream(Generic[Batch]):
-    """An endless iterator of batches. `damaged` counts the crops replaced so far. Close it, or leave a `with`
-    block, to end its workers.
+    """An endless iterator of batches. Close it, or leave a `with` block, to end its workers.
+
+    Counted over the batches taken: `crops`; `damaged`, crops replaced because their sample is damaged;
+    `damage`, the same by key of the sample; `drawn`, crops by source; `epochs`, by source, how often its
+    samples have come round (the largest `Draw.repeat`).
     """
 
-    def __init__(self, pipeline: wds.DataPipeline, workers: int, prefetch: int) -> None:
-        self.damaged = 0
+    def __init__(self, pipeline: wds.DataPipeline, workers: int, prefetch: int, damage: DamageCount) -> None:
+        self._damage = damage
+        self.drawn: dict[str, int] = {}
+        self.epochs: dict[str, int] = {}
         self._started = False
         # Not inherited by name and free of locks, so that a signal handler may read it.
         self._closing = multiprocessing.get_context("fork").RawValue("b", 0) if workers else None
@@ -233,7 +260,8 @@ class Stream(Generic[Batch]):
             generator=torch.Generator().manual_seed(0),
             **options,
         )
-        self._items: Any = iter(loader)
+        with _frozen_heap():
+            self._items: Any = iter(loader)
         # At exit, too, and before multiprocessing waits for children that ignore its SIGTERM.
         self._end = partial(_allow_end, self._closing)
         atexit.register(self._end)
@@ -258,8 +286,30 @@ class Stream(Generic[Batch]):
         if isinstance(item, _Failed):
             self.close()
             raise UserError(item.message)
-        self.damaged += item.damaged
+        try:
+            self._damage.add(item.crops, item.replaced, item.faults)
+        except UserError:
+            self.close()
+            raise
+        for source, (crops, epoch) in item.drawn.items():
+            self.drawn[source] = self.drawn.get(source, 0) + crops
+            self.epochs[source] = max(self.epochs.get(source, 0), epoch)
         return item.batch
+
+    @property
+    def crops(self) -> int:
+        """Crops taken so far."""
+        return self._damage.crops
+
+    @property
+    def damaged(self) -> int:
+        """Crops replaced so far because their sample is damaged."""
+        return self._damage.total
+
+    @property
+    def damage(self) -> dict[str, int]:
+        """Crops replaced so far by key of the damaged sample."""
+        return self._damage.by_key
 
     @contextmanager
     def _worker_deaths_wait(self) -> Iterator[None]:
@@ -293,6 +343,19 @@ class Stream(Generic[Batch]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Fork inside: collections in the child leave the parent's objects alone, whose pages stay shared."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _allow_end(closing: Any) -> None:
@@ -341,12 +404,11 @@ def open_stream(
     with_seg: read labels too (level 0 only, so with an order that has a window). all_channels: read every
     channel, not the drawn one. prefetch: batches a worker prepares ahead.
 
-    max_damage: share of crops of one process (of at least 100) that may come from damaged samples. Such a
-    crop is replaced by another of the same source, stratum and lane, counted in `Stream.damaged` and logged;
-    above the share, UserError.
+    max_damage: share of the crops of this stream that may come from damaged samples: of the last hundred
+    thousand or so, and of at least a thousand. Such a crop is replaced by another of the same source, stratum
+    and lane, counted by sample in `Stream.damage`; each sample is logged once. Above the share, UserError.
     """
-    reader = _Reader(
-        ShardReader(root, manifest), manifest, order, collate, with_seg, all_channels, max_damage
-    )
+    reader = _Reader(ShardReader(root, manifest), manifest, order, collate, with_seg, all_channels)
     source = _Source(lanes_of(rank, world, order.groups), start_update)
-    return Stream(wds.DataPipeline(source, reader.read, reader.assemble), workers, prefetch)
+    damage = DamageCount(max_damage, manifest.root)
+    return Stream(wds.DataPipeline(source, reader.read, reader.assemble), workers, prefetch, damage)
