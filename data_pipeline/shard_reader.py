@@ -44,6 +44,7 @@ class ManifestColumns(Protocol):
     root: Any
 
     def column(self, name: str) -> np.ndarray: ...
+    def value(self, i: int, name: str) -> Any: ...
 
 
 class ShardReader:
@@ -59,7 +60,6 @@ class ShardReader:
     ) -> None:
         self.files: ByteSource = files_at(root) if files is None else files
         self.manifest = manifest
-        self._keys, self._shards = manifest.column("key"), manifest.column("shard")
         self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._hide_sizes: np.ndarray | None = None
         self._indices: OrderedDict[int, dict[str, MemberIndex]] = OrderedDict()
@@ -90,7 +90,7 @@ class ShardReader:
         high = (channels[1], *(int(o) + int(e) for o, e in zip(origin, extent)))
         if len(low) != 4 or any(a < 0 or b > s or a >= b for a, b, s in zip(low, high, index.shape)):
             raise ValueError(
-                f"box {low}..{high} does not lie inside {member} of shape {index.shape} ({self._keys[row]})"
+                f"box {low}..{high} does not lie inside {member} of shape {index.shape} ({self._key(row)})"
             )
         out = np.empty(tuple(b - a for a, b in zip(low, high)), index.dtype)
         self._fill(row, index, low, high, out)
@@ -177,7 +177,7 @@ class ShardReader:
         if members is None:
             offset, size = self._place(row, "idx")
             try:
-                members = read_index(self._read(row, "idx", offset, size), str(self._keys[row]))
+                members = read_index(self._read(row, "idx", offset, size), self._key(row))
             except IndexDamaged as error:
                 raise self._damaged(row, "idx", -1, str(error)) from error
             self._indices[row] = members
@@ -186,7 +186,7 @@ class ShardReader:
         else:
             self._indices.move_to_end(row)
         if member not in members or not len(members[member].chunks):
-            raise ValueError(f"sample {self._keys[row]} has no member {member!r}")
+            raise ValueError(f"sample {self._key(row)} has no member {member!r}")
         found = members[member]
         if found.size != self._place(row, member)[1]:
             raise self._damaged(row, "idx", -1, f"manifest and index differ on the size of {member}")
@@ -204,15 +204,21 @@ class ShardReader:
 
     def _read(self, row: int, member: str, offset: int, size: int) -> bytes:
         try:
-            return self.files.read(str(self._shards[row]), offset, size)
+            return self.files.read(self._shard(row), offset, size)
         except (OSError, ValueError) as error:
             reason = (
                 "the shard is missing" if isinstance(error, FileNotFoundError) else "the shard cannot be read"
             )
             raise self._damaged(row, member, -1, reason) from error
 
+    def _key(self, row: int) -> str:
+        return str(self.manifest.value(row, "key"))
+
+    def _shard(self, row: int) -> str:
+        return str(self.manifest.value(row, "shard"))
+
     def _damaged(self, row: int, member: str, chunk: int, reason: str) -> DamagedSample:
-        return DamagedSample(str(self._keys[row]), str(self._shards[row]), member, chunk, reason)
+        return DamagedSample(self._key(row), self._shard(row), member, chunk, reason)
 
     def close(self) -> None:
         """Close open files; the next read opens them again."""

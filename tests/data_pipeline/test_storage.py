@@ -46,6 +46,9 @@ class OneSample:
     def column(self, name: str) -> np.ndarray:
         return self.columns[name]
 
+    def value(self, i: int, name: str) -> Any:
+        return self.columns[name][i]
+
 
 def write_sample(root: Path, frames: dict[str, bytes]) -> OneSample:
     members = {**frames, "json": b"{}"}
