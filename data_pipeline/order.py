@@ -10,7 +10,7 @@ work gives the same sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -189,6 +189,16 @@ class Order:
         return self._crop(
             i, int(cell.rows[low + int(u * (high - low))]), group, spec, slot, 0, f"crop-{attempt}"
         )
+
+    def row(self, i: int) -> int:
+        """Manifest row of the i-th crop; in a fraction of the time of `draw`."""
+        group, _, _, cell, n = self._locate(i)
+        return cell.sample(group, n // self.mixture.crops_per_volume)[0]
+
+    def cells(self) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """Rows of each cell by its (number of the source, number of the `RowSpec`)."""
+        for at, cell in sorted(self._cells.items()):
+            yield at, cell.rows
 
     def source_of(self, i: int) -> str:
         """Name of the source that the i-th crop comes from (the sample is not looked up)."""
