@@ -1,22 +1,26 @@
 """`manifest.parquet`: one row a sample, sorted by shard and offset; mapped once a node for all workers.
 
 The Parquet file is the dataset's own, compressed and portable. At open it is rewritten, once per node and
-dataset, as an uncompressed Arrow file in a cache folder, which every process maps: a million rows cost no
-memory per worker.
+dataset, as uncompressed Arrow in a cache folder, which every process maps: ten million rows cost no memory
+per worker. The copy holds one Arrow stream a column, one after another, so that it is written column by
+column.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import UserError
@@ -113,6 +117,7 @@ class Manifest:
 
     def __init__(self, root: Path | str, digest: str, info: dict[str, Any], arrow: Path) -> None:
         self.root, self.hash, self.info, self._arrow = root, digest, info, arrow
+        self._map: mmap.mmap | None = None
         self._table: pa.Table | None = None
         self._columns: dict[str, np.ndarray] = {}
 
@@ -125,38 +130,48 @@ class Manifest:
         """
         text = os.fspath(root)
         place: Path | str = text.rstrip("/") if "://" in text else Path(text)
-        raw, info = _read(place, "manifest.parquet"), _information(place)
-        digest = hashlib.sha256(raw).hexdigest()
+        parquet = place / "manifest.parquet" if isinstance(place, Path) else _read(place, "manifest.parquet")
+        digest, info = _sha256(parquet), _information(place)
         if info.get("manifest_sha256") != digest:
             raise UserError(
                 f"manifest.parquet in {root} is not the one that dataset.json names; restore or rebuild it"
             )
         if check_shards and isinstance(place, Path):
             _check_shards(place, info)
-        return cls.of(place, raw, info)
+        return cls(place, digest, info, _copied(parquet, digest))
 
     @classmethod
     def of(cls, root: Path | str, parquet: bytes, info: dict[str, Any]) -> Manifest:
         """The manifest of a dataset at `root` whose two files are at hand."""
-        digest = hashlib.sha256(parquet).hexdigest()
-        arrow = cache_folder() / f"manifest-{digest[:32]}.arrow"
-        if not arrow.is_file():
-            _write_arrow(parquet, arrow)
-        return cls(root, digest, info, arrow)
+        digest = _sha256(parquet)
+        return cls(root, digest, info, _copied(parquet, digest))
 
     @property
     def table(self) -> pa.Table:
         """The mapped Arrow table (zero-copy until a column is converted)."""
         if self._table is None:
-            self._table = pa.ipc.open_file(pa.memory_map(os.fspath(self._arrow), "r")).read_all()
+            with open(self._arrow, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            streams = pa.BufferReader(pa.py_buffer(self._map))
+            columns = [pa.ipc.open_stream(streams).read_all().column(0) for _ in SCHEMA]
+            self._table = pa.Table.from_arrays(columns, schema=SCHEMA)
         return self._table
+
+    def release(self) -> None:
+        """Let go of the pages of the map that this process has touched; they stay in the page cache.
+
+        Pages that no other process has touched count as its own memory, and over a long run that is every
+        page.
+        """
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def column(self, name: str) -> np.ndarray:
-        """One column: numbers as an array, fixed triples and shapes as (n, 3) or (n, 4), the rest as
-        objects.
+        """One column: numbers as an array, fixed triples and shapes as (n, 3) or (n, 4), both mapped; the
+        rest as objects, equal texts as one and the same.
         """
         if name not in self._columns:
             column = self.table.column(name)
@@ -166,6 +181,9 @@ class Manifest:
                 values = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, kind.list_size)
             elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
                 values = column.to_numpy()
+            elif pa.types.is_string(kind):
+                coded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+                values = np.array(coded.dictionary.to_pylist(), object)[coded.indices.to_numpy()]
             else:
                 values = np.empty(len(column), object)
                 values[:] = column.to_pylist()
@@ -192,7 +210,8 @@ class Manifest:
         keep = np.ones(len(self), bool)
         for name, wanted in (("split", split), ("source", source), ("modality", modality)):
             if wanted is not None:
-                keep &= self.column(name) == wanted
+                match = pc.fill_null(pc.equal(self.table.column(name), wanted), False)
+                keep &= match.to_numpy()
         if labelled is not None:
             keep &= (self.column("seg_size") > 0) == labelled
         return np.flatnonzero(keep)
@@ -201,7 +220,7 @@ class Manifest:
         return {"root": self.root, "hash": self.hash, "info": self.info, "_arrow": self._arrow}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _table=None, _columns={})
+        self.__dict__.update(state, _map=None, _table=None, _columns={})
 
 
 def _read(place: Path | str, name: str) -> bytes:
@@ -213,9 +232,23 @@ def _read(place: Path | str, name: str) -> bytes:
         with fsspec.open(f"{place}/{name}", "rb") as file:
             return bytes(file.read())
     except OSError as error:
-        raise UserError(
-            f"{place} is not a shard dataset: {name} cannot be read; give what `medfm shards build` made"
-        ) from error
+        raise _no_dataset(place, name) from error
+
+
+def _no_dataset(place: Path | str, name: str) -> UserError:
+    return UserError(
+        f"{place} is not a shard dataset: {name} cannot be read; give what `medfm shards build` made"
+    )
+
+
+def _sha256(data: Path | bytes) -> str:
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    try:
+        with data.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _no_dataset(data.parent, data.name) from error
 
 
 def _information(place: Path | str) -> dict[str, Any]:
@@ -251,20 +284,71 @@ def _check_shards(root: Path, info: dict[str, Any]) -> None:
             )
 
 
-def _write_arrow(parquet: bytes, path: Path) -> None:
-    """Write the manifest uncompressed beside its final name, then rename: several processes may race."""
+def _copied(parquet: Path | bytes, digest: str) -> Path:
+    """The Arrow copy of a manifest; written by the first process of a node that asks for it."""
+    path = cache_folder() / f"manifest-{digest[:32]}.columns"
+    if not path.is_file():
+        with _alone_in(path.parent) as alone:
+            if not path.is_file():
+                for leftover in path.parent.glob(f"{path.stem}*.partial") if alone else ():
+                    leftover.unlink(missing_ok=True)
+                _write_columns(parquet, path)
+    return path
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """One process of the node at a time; false where the system or the folder has no locks, and work may be
+    done twice.
+    """
     try:
-        table = pq.read_table(pa.BufferReader(parquet), schema=SCHEMA).combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise UserError(
-            "manifest.parquet has other columns than this medfm expects; rebuild the dataset"
-        ) from error
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def _write_columns(parquet: Path | bytes, path: Path) -> None:
+    """Write the manifest uncompressed beside its final name, then rename.
+
+    A column of numbers is one batch, so that it can be used where it is mapped. Others may be of any size and
+    are never held whole.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
     os.close(handle)
     try:
-        with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        with (
+            pq.ParquetFile(pa.BufferReader(parquet) if isinstance(parquet, bytes) else parquet) as source,
+            pa.OSFile(temporary, "wb") as sink,
+        ):
+            for field in SCHEMA:
+                schema = pa.schema([field])
+                parts: Iterator[pa.Table] = (
+                    pa.Table.from_batches([batch]).cast(schema)
+                    for batch in source.iter_batches(batch_size=1 << 16, columns=[field.name])
+                )
+                if pa.types.is_fixed_size_list(field.type) or pa.types.is_primitive(field.type):
+                    parts = iter([pa.concat_tables([schema.empty_table(), *parts]).combine_chunks()])
+                with pa.ipc.new_stream(sink, schema) as writer:
+                    for part in parts:
+                        writer.write_table(part)
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
+    except (KeyError, ValueError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(
+            "manifest.parquet has other columns than this medfm expects; rebuild the dataset"
+        ) from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
