@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import blosc2
 import numpy as np
 
+from data_pipeline.chunk_decoder import ChunkDecoder
 from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_index
 from data_pipeline.shard_files import ByteSource, files_at
+from data_pipeline.touched_chunks import Piece, runs, touched_chunks
 
 CACHED_INDICES = 64  # parsed indices a reader keeps; about 60 KB for a 512x512x300 CT
 GAP = 32 * 1024  # bytes read and thrown away rather than starting another request
@@ -51,8 +51,8 @@ class ShardReader:
     """Reads boxes of samples, checking every byte it uses.
 
     A box costs one read for the sample's index (kept for the last few samples) and one read per run of
-    neighbouring chunks. Each chunk's compressed bytes are compared with the index before they are
-    decompressed straight into place. Safe after fork and picklable; not for use by two threads at once.
+    neighbouring chunks. Each chunk's compressed bytes are compared with the index, then decompressed, while
+    they are in the processor's cache. Safe after fork and picklable; not for use by two threads at once.
     """
 
     def __init__(
@@ -63,6 +63,8 @@ class ShardReader:
         self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._hide_sizes: np.ndarray | None = None
         self._indices: OrderedDict[int, dict[str, MemberIndex]] = OrderedDict()
+        self._last = -1, ""  # row and shard of the last read
+        self._decoder = ChunkDecoder()
 
     def read_box(
         self,
@@ -119,56 +121,33 @@ class ShardReader:
         self, row: int, index: MemberIndex, low: tuple[int, ...], high: tuple[int, ...], out: np.ndarray
     ) -> None:
         """Put the box [low, high) of a member into `out`."""
-        grid, size = index.grid, index.chunk
-        touched = [range(a // s, -(-b // s)) for a, b, s in zip(low, high, size)]
-        places = list(itertools.product(*touched))
-        numbers = [((p[0] * grid[1] + p[1]) * grid[2] + p[2]) * grid[3] + p[3] for p in places]
-        records = index.chunks[numbers].tolist()
-        pieces = self._fetch(row, index.name, numbers, records)
-        scratch = np.empty(size, index.dtype)
-        for place, number, (_, _, special, check) in zip(places, numbers, records):
-            box_low = [max(a, p * s) for a, p, s in zip(low, place, size)]
-            box_high = [min(b, p * s + s) for b, p, s in zip(high, place, size)]
-            target = tuple(slice(a - o, b - o) for a, b, o in zip(box_low, box_high, low))
-            if special:
-                bits = check.to_bytes(8, "little")[: index.dtype.itemsize]
-                out[target] = np.frombuffer(bits, index.dtype)[0]
-                continue
-            try:
-                blosc2.decompress2(pieces[number], dst=scratch, nthreads=1)
-            except (RuntimeError, ValueError) as error:
-                raise self._damaged(row, index.name, number, "does not decompress") from error
-            inside = tuple(slice(a - p * s, b - p * s) for a, b, p, s in zip(box_low, box_high, place, size))
-            out[target] = scratch[inside]
+        stored = []
+        for piece in touched_chunks(index, low, high):
+            if piece.special:
+                bits = piece.check.to_bytes(8, "little")[: index.dtype.itemsize]
+                out[piece.target] = np.frombuffer(bits, index.dtype)[0]
+            else:
+                stored.append(piece)
+        scratch = np.empty(index.chunk, index.dtype)
+        for run in runs(stored, GAP):
+            for piece, data in zip(run, self._fetch(row, index.name, run)):
+                try:
+                    self._decoder.decode(data, scratch)
+                except (RuntimeError, ValueError) as error:
+                    raise self._damaged(row, index.name, piece.number, "does not decompress") from error
+                out[piece.target] = scratch[piece.inside]
 
-    def _fetch(
-        self, row: int, member: str, numbers: list[int], records: list[tuple[int, int, int, int]]
-    ) -> dict[int, memoryview]:
-        """Read and check the stored chunks among `records`, joining neighbours into one request."""
-        stored = sorted(
-            (offset, size, check, n)
-            for n, (offset, size, special, check) in zip(numbers, records)
-            if not special
-        )
-        start = self._place(row, member)[0]
-        pieces: dict[int, memoryview] = {}
-        i = 0
-        while i < len(stored):
-            first, end = stored[i][0], stored[i][0] + stored[i][1]
-            j = i + 1
-            while j < len(stored) and stored[j][0] <= end + GAP:
-                end = stored[j][0] + stored[j][1]
-                j += 1
-            data = memoryview(self._read(row, member, start + first, end - first))
-            for offset, size, check, number in stored[i:j]:
-                piece = data[offset - first : offset - first + size]
-                if len(piece) != size:
-                    raise self._damaged(row, member, number, "the shard ends too early")
-                if checksum(piece) != check:
-                    raise self._damaged(row, member, number, "its bytes do not match their checksum")
-                pieces[number] = piece
-            i = j
-        return pieces
+    def _fetch(self, row: int, member: str, run: list[Piece]) -> Iterator[memoryview]:
+        """The stored bytes of neighbouring chunks, by one request; each is checked before it is handed on."""
+        first, end = run[0].offset, run[-1].offset + run[-1].size
+        fetched = memoryview(self._read(row, member, self._place(row, member)[0] + first, end - first))
+        for piece in run:
+            data = fetched[piece.offset - first : piece.offset - first + piece.size]
+            if len(data) != piece.size:
+                raise self._damaged(row, member, piece.number, "the shard ends too early")
+            if checksum(data) != piece.check:
+                raise self._damaged(row, member, piece.number, "its bytes do not match their checksum")
+            yield data
 
     def _member(self, row: int, member: str) -> MemberIndex:
         """The checked index of one member of a sample."""
@@ -215,7 +194,9 @@ class ShardReader:
         return str(self.manifest.value(row, "key"))
 
     def _shard(self, row: int) -> str:
-        return str(self.manifest.value(row, "shard"))
+        if row != self._last[0]:
+            self._last = row, str(self.manifest.value(row, "shard"))
+        return self._last[1]
 
     def _damaged(self, row: int, member: str, chunk: int, reason: str) -> DamagedSample:
         return DamagedSample(self._key(row), self._shard(row), member, chunk, reason)
