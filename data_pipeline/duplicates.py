@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.content_voxels import CONTENT
 from data_pipeline.frame_index import checksum
 from data_pipeline.journal import Outcome, write_whole
 from data_pipeline.sample import label_columns
@@ -64,6 +65,8 @@ def _join_label(kept: Staged, other: Staged, ids: Mapping[str, int], scratch: Pa
     origin = kept.row["label_origin"] if kept.row["label_origin"] == other.row["label_origin"] else "unknown"
     annotated = [*kept.row["annotated"], *other.row["annotated"]]
     columns = label_columns(layers, origin, annotated, {i: name for name, i in ids.items()})
+    content = [entry for entry in kept.row["foreground"] if entry["class"] == CONTENT]
+    columns["foreground"] = content + columns["foreground"]
     data = encode(layers, chunk_shape(layers.shape, kept.row["geometry"], kept.row["axes"]))
     name = f"{kept.row['key']}.seg"
     write_whole(scratch / name, data)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.content_voxels import CONTENT
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.pictures import grey, overlay, png, resized, side_by_side
@@ -33,7 +34,7 @@ class Inspection:
 def inspect(root: str | Path, key: str | None = None, *, side: int = 320) -> Inspection:
     """Describe the sample whose key starts with `key` (None: the first labelled one, else the first).
 
-    The planes pass through the middle of the first class's sampled voxels, else the middle of the volume.
+    The planes pass through the middle of the first class's sampled voxels, else of those of the content.
     Raises `UserError` for an unknown key, `DamagedSample` where bytes are not as written.
     """
     manifest = Manifest.open(root)
@@ -42,9 +43,10 @@ def inspect(root: str | Path, key: str | None = None, *, side: int = 320) -> Ins
     reader = ShardReader(manifest.root, manifest)
     shape = values["shape"][1:]
     centre = [n // 2 for n in shape]
-    if values["foreground"]:
-        voxels = np.array(values["foreground"][0]["voxels"])
-        centre = [int(np.median(p)) for p in np.unravel_index(voxels, shape)]
+    listed = [entry for entry in values["foreground"] if entry["voxels"]]
+    if listed:
+        first = next((entry for entry in listed if entry["class"] != CONTENT), listed[0])
+        centre = [int(np.median(p)) for p in np.unravel_index(np.array(first["voxels"]), shape)]
     pictures = []
     for axis in range(3):
         if shape[axis] > 1 and min(n for a, n in enumerate(shape) if a != axis) == 1:

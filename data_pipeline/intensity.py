@@ -26,6 +26,8 @@ BACKGROUND = 0.1
 #: Share of the volume that must be foreground for the background rule to hold; else all valid voxels count.
 LEAST_FOREGROUND = 0.02
 AIR_SHARE = 0.02
+TISSUE_HU = -500.0  # between lung and fat
+TISSUE_HU = -500.0  # between lung and fat
 #: Floats above this number are counted in bins instead of sorted.
 MANY, BINS, OUTERMOST = 1 << 20, 1 << 18, 0.0005
 
@@ -193,6 +195,17 @@ def _without_background(
     if share(start) < LEAST_FOREGROUND:
         start = 0
     return real[start:], None if counts is None else counts[start:]
+
+
+def content_level(channel: Channel, values: np.ndarray) -> float:
+    """The real value from which a voxel shows more than air, found from valid ``values`` of the channel (any
+    sample of them, float64): of CT in HU a fixed one, of a radiograph none, else what `statistics` takes for
+    background."""
+    if channel.units == "HU":
+        return TISSUE_HU
+    if channel.modality == "XR" or not len(values):
+        return -np.inf
+    return float(_without_background(np.sort(values), None, strong=True)[0][0])
 
 
 def _percentile(real: np.ndarray, counts: np.ndarray | None, percent: tuple[float, ...]) -> list[float]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.content_hash import content_hash
+from data_pipeline.content_voxels import CONTENT, content_voxels
 from data_pipeline.errors import Quarantined, UserError
 from data_pipeline.geometry import geometry_of, level_factors
 from data_pipeline.intensity import statistics
@@ -241,6 +242,10 @@ def _stage(
     names = {i: name for name, i in settings.ids.items()}
     origin = "" if label is None else label.origin or job.source.label_origin
     values_hash, grid_hash = content_hash(volume)
+    content = content_voxels(stored, volume.channels, volume.spacing, key, hidden)
+    labelled = label_columns(
+        None if label is None else label.layers, origin, () if label is None else label.annotated, names
+    )
     row: dict[str, Any] = {
         "key": key,
         "source": job.source.name,
@@ -260,9 +265,11 @@ def _stage(
         "norm": norm,
         "content_hash": grid_hash,
         "valid_fraction": 1.0 if volume.invalid is None else float(1.0 - volume.invalid.mean()),
-        **label_columns(
-            None if label is None else label.layers, origin, () if label is None else label.annotated, names
-        ),
+        **labelled,
+        "foreground": [
+            {"class": CONTENT, "layer": 0, "voxels": content.tolist()},
+            *labelled["foreground"],
+        ],
     }
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

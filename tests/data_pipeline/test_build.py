@@ -130,9 +130,15 @@ def test_every_voxel_comes_back(built: BuildReport, scans: Path) -> None:
                 seg = reader.read_box(rows[key], "seg", None, (0, 0, 0), row["shape"][1:])
                 truth = np.asarray(nib.load(entry["label"]).dataobj).T
                 np.testing.assert_array_equal(restored(description, seg)[0], truth)
-                for found in row["foreground"]:
+                for found in row["foreground"][1:]:
                     assert (seg[found["layer"]].ravel()[found["voxels"]] == found["class"]).all()
                 assert row["classes"] == ["bone", "marrow"]
+            [content] = [found["voxels"] for found in row["foreground"] if found["class"] == 0]
+            assert row["foreground"][0]["voxels"] is content
+            assert 0 < len(content) <= 64
+            assert not invalid_of(stored[0]).ravel()[content].any()
+            if row["modality"] == "CT":
+                assert (real[0].ravel()[content] >= -500).all()
             checked += 1
     assert checked == 24
 
