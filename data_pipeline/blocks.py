@@ -7,13 +7,17 @@ manifest alone.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from data_pipeline.manifest import MEMBERS, Manifest
 
 STRIPE = 8 << 20
+SHARDS = 256  # whose blocks are kept, 64 bytes a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +36,36 @@ class Block:
 
 
 class Blocks:
-    """Finds the block of a sample. Holds nothing but views of the mapped manifest."""
+    """Finds the block of a sample. Holds views of the mapped manifest and the blocks of the last few shards;
+    copies of it in other processes share the map."""
 
     def __init__(self, manifest: Manifest, stripe: int = STRIPE) -> None:
         self._manifest, self._stripe = manifest, stripe
         self._members = [(manifest.column(f"{m}_offset"), manifest.column(f"{m}_size")) for m in MEMBERS]
+        self._shards: OrderedDict[str, list[Block]] = OrderedDict()
 
     def of(self, row: int) -> Block:
-        """The block that holds a sample; tens of microseconds."""
-        shard = self._manifest.value(row, "shard")
-        start, end = self.span(row)
-        stripe = start // self._stripe
-        first, last = row, row + 1
-        while first > 0 and self._manifest.value(first - 1, "shard") == shard:
-            before = self.span(first - 1)[0]
-            if before // self._stripe != stripe:
-                break
-            first, start = first - 1, before
-        while last < len(self._manifest) and self._manifest.value(last, "shard") == shard:
-            after = self.span(last)
-            if after[0] // self._stripe != stripe:
-                break
-            last, end = last + 1, after[1]
-        return Block(shard, start, end, range(first, last))
+        """The block that holds a sample."""
+        return self.at(self._manifest.value(row, "shard"), self.span(row)[0])
+
+    def at(self, shard: str, offset: int) -> Block:
+        """The block that holds a byte of a sample. Microseconds; a millisecond for a shard's first one."""
+        blocks = self.in_shard(shard)
+        found = bisect_right(blocks, offset, key=lambda block: block.start) - 1
+        if found < 0 or offset >= blocks[found].end:
+            raise ValueError(f"byte {offset} of {shard} belongs to no sample")
+        return blocks[found]
+
+    def in_shard(self, shard: str) -> list[Block]:
+        """Every block of a shard, in the order of their bytes; none for a shard without samples."""
+        blocks = self._shards.get(shard)
+        if blocks is None:
+            blocks = self._shards[shard] = self._cut(shard)
+            if len(self._shards) > SHARDS:
+                self._shards.popitem(last=False)
+        else:
+            self._shards.move_to_end(shard)
+        return blocks
 
     def span(self, row: int) -> tuple[int, int]:
         """First byte of a sample's first member in its shard, and the byte after its last one."""
@@ -68,3 +79,22 @@ class Blocks:
         )
         ends = np.stack([np.where(o[rows] >= 0, o[rows] + n[rows], -1) for o, n in self._members])
         return np.stack([offsets.min(axis=0), ends.max(axis=0)], axis=1)
+
+    def _cut(self, shard: str) -> list[Block]:
+        """Rows of a shard lie together, sorted by shard and offset, so both ends are found by bisection."""
+
+        def name_of(row: int) -> str:
+            return str(self._manifest.value(row, "shard"))
+
+        everything = range(len(self._manifest))
+        first = bisect_left(everything, shard, key=name_of)
+        last = bisect_right(everything, shard, lo=first, key=name_of)
+        if first == last:
+            return []
+        spans = self.spans(np.arange(first, last))
+        stripes = spans[:, 0] // self._stripe
+        cuts = [0, *(np.flatnonzero(np.diff(stripes)) + 1).tolist(), last - first]
+        return [
+            Block(shard, int(spans[a, 0]), int(spans[a:b, 1].max()), range(first + a, first + b))
+            for a, b in pairwise(cuts)
+        ]

@@ -1,18 +1,29 @@
-"""Ranged reads of a dataset's shards: from a local folder or through fsspec."""
+"""Ranged reads of a dataset's shards: from a local folder, or from a store (`remote_files`)."""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Protocol
+
+from data_pipeline.remote_files import RemoteFiles
 
 OPEN_FILES = 32  # file descriptors a reader keeps; a lane's window of shards fits
 
 
 class ByteSource(Protocol):
-    """Ranged reads of named files."""
+    """Ranged reads of named files. `gap`: bytes that cost less to read and drop than another read."""
+
+    gap: int
 
     def read(self, name: str, offset: int, size: int) -> bytes: ...
+
+    def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> list[bytes]: ...
+
+    def renew(self, name: str, offset: int) -> bool:
+        """Called when bytes of a sample proved damaged: whether reading them again may give others."""
+        ...
 
     def close(self) -> None: ...
 
@@ -20,7 +31,11 @@ class ByteSource(Protocol):
 class LocalFiles:
     """`pread` with a bounded cache of descriptors. `pread` has no shared position, so a fork may go on using
     them.
+
+    With `limit` 0 nothing is kept open, and any number of threads may read.
     """
+
+    gap = 32 << 10
 
     def __init__(self, root: str | os.PathLike[str], limit: int = OPEN_FILES) -> None:
         self.root, self.limit = os.fspath(root), limit
@@ -29,20 +44,27 @@ class LocalFiles:
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size) of a file; fewer at its end. OSError when it cannot be read."""
         fd = self._open.get(name)
-        if fd is None:
-            fd = os.open(os.path.join(self.root, name), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            self._open[name] = fd
-            if len(self._open) > self.limit:
-                os.close(self._open.popitem(last=False)[1])
-        else:
+        if fd is not None:
             self._open.move_to_end(name)
-        data = os.pread(fd, size, offset)
-        while len(data) < size:  # a signal or a network file system may return less than asked
-            more = os.pread(fd, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
+            return _pread(fd, size, offset)
+        fd = os.open(os.path.join(self.root, name), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        if not self.limit:
+            try:
+                return _pread(fd, size, offset)
+            finally:
+                os.close(fd)
+        self._open[name] = fd
+        if len(self._open) > self.limit:
+            os.close(self._open.popitem(last=False)[1])
+        return _pread(fd, size, offset)
+
+    def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """`read` of several (offset, size)."""
+        return [self.read(name, offset, size) for offset, size in places]
+
+    def renew(self, name: str, offset: int) -> bool:
+        """A disk gives the same bytes again."""
+        return False
 
     def close(self) -> None:
         """Close every descriptor; the next read opens again."""
@@ -59,32 +81,14 @@ class LocalFiles:
         self.close()
 
 
-class RemoteFiles:
-    """Ranged GETs through fsspec (`s3://`, `gs://`, `https://`, `memory://`)."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/")
-        self._fs: Any = None
-        self._pid = -1
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Bytes [offset, offset + size) of an object; OSError when it cannot be read."""
-        if self._pid != os.getpid():  # an asynchronous client does not survive a fork
-            import fsspec
-
-            self._fs, self._path = fsspec.core.url_to_fs(self.root, skip_instance_cache=self._pid != -1)
-            self._pid = os.getpid()
-        return bytes(self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + size))
-
-    def close(self) -> None:
-        """Drop the client."""
-        self._fs, self._pid = None, -1
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["root"])  # type: ignore[misc]
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    data = os.pread(fd, size, offset)
+    while len(data) < size:  # a signal or a network file system may return less than asked
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def files_at(root: str | os.PathLike[str]) -> LocalFiles | RemoteFiles:
