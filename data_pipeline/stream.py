@@ -169,6 +169,7 @@ class _Reader:
                 if fault.key not in self._known:
                     self._known.add(fault.key)
                     new.append(fault)
+        self.manifest.release()
         return _Read(work, crops, tuple(replaced), tuple(new))
 
     def crop(self, draw: Draw) -> tuple[Crop, list[DamagedSample]]:
@@ -411,4 +412,5 @@ def open_stream(
     reader = _Reader(ShardReader(root, manifest), manifest, order, collate, with_seg, all_channels)
     source = _Source(lanes_of(rank, world, order.groups), start_update)
     damage = DamageCount(max_damage, manifest.root)
+    manifest.release()  # of what the order read
     return Stream(wds.DataPipeline(source, reader.read, reader.assemble), workers, prefetch, damage)
