@@ -211,6 +211,31 @@ def test_a_changed_recipe_is_refused_and_a_segment_accepts_it(runs: Path) -> Non
     assert train(ToyTask(recipe, run), config, run, continue_as="hotter").state == "finished"
 
 
+def test_other_data_or_another_order_are_refused(runs: Path) -> None:
+    run = runs / "one-3-fp32"
+    config = EngineConfig(updates=UPDATES, lr=0.01, warmup=2, clip=0.3, precision="fp32", device="cpu")
+    task = ToyTask(ToyRecipe(engine=config, nan_at=(3,)), run)
+    task.data_identity = lambda: {"manifest": "toy", "order": "2"}  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"\(order: 1 -> 2\).*--continue-as") as caught:
+        train(task, config, run)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_data_do_is_said_and_counted_over_all_ranks(runs: Path) -> None:
+    run = runs / "two-1-fp32"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["data/groups"] for row in rows if "loss" in row] == [
+        3 * row["data/position"] for row in rows if "loss" in row
+    ]
+    for rank in range(2):
+        events = [
+            json.loads(line) for line in (run / "logs" / f"rank-{rank:03d}.jsonl").read_text().splitlines()
+        ]
+        said = [e["text"] for e in events if e["event"] == "message"]
+        assert said[:2] == ["toy data", "without end"]
+        assert any(e["event"] == "data" and "groups so far" in e["text"] for e in events)
+
+
 def test_another_architecture_is_one_line(runs: Path) -> None:
     run = runs / "one-2-fp32"
     config = EngineConfig(updates=UPDATES, lr=0.01, warmup=2, clip=0.3, precision="fp32", device="cpu")

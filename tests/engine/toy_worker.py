@@ -69,6 +69,7 @@ class ToyTask:
 
     def __init__(self, recipe: ToyRecipe, run: Path) -> None:
         self.the_recipe, self.run, self.model = recipe, run, ToyModel(recipe)
+        self.groups = 0
 
     def micro_steps(self, world: int) -> int:
         return -(-GROUPS // world)
@@ -82,6 +83,7 @@ class ToyTask:
             time.sleep(self.the_recipe.sleep)
             for step in range(self.micro_steps(world)):
                 group = rank * self.micro_steps(world) + step
+                self.groups += group < GROUPS
                 yield self.batch(update, group if group < GROUPS else None)
             update += 1
 
@@ -100,7 +102,16 @@ class ToyTask:
         return self.the_recipe
 
     def data_identity(self) -> dict[str, str]:
-        return {"manifest": "toy"}
+        return {"manifest": "toy", "order": "1"}
+
+    def describe_data(self) -> str:
+        return "toy data\nwithout end"
+
+    def data_counts(self) -> dict[str, float]:
+        return {"groups": float(self.groups)}
+
+    def data_notices(self) -> list[str]:
+        return [f"{self.groups} groups so far"]
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
