@@ -69,8 +69,12 @@ class Blocks:
 
     def span(self, row: int) -> tuple[int, int]:
         """First byte of a sample's first member in its shard, and the byte after its last one."""
-        places = [(int(o[row]), int(n[row])) for o, n in self._members if o[row] >= 0]
+        places = self.places(row).values()
         return min(o for o, _ in places), max(o + n for o, n in places)
+
+    def places(self, row: int) -> dict[str, tuple[int, int]]:
+        """Offset and size in the shard of each member that a sample has."""
+        return {m: (int(o[row]), int(n[row])) for m, (o, n) in zip(MEMBERS, self._members) if o[row] >= 0}
 
     def spans(self, rows: np.ndarray) -> np.ndarray:
         """`span` of many rows: (n, 2) int64."""

@@ -25,7 +25,7 @@ from data_pipeline.block_folder import BlockFolder, put
 from data_pipeline.blocks import Block, Blocks
 from data_pipeline.errors import UserError
 from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_index
-from data_pipeline.manifest import MEMBERS, Manifest
+from data_pipeline.manifest import Manifest
 from data_pipeline.remote_files import PART, PATIENCE_S, TIMEOUT_S, RemoteFiles
 from data_pipeline.shard_files import OPEN_FILES, ByteSource, LocalFiles
 from data_pipeline.traffic import Meter
@@ -127,9 +127,9 @@ class CachedFiles:
             self._drop(block)  # cut short since it was opened
         return self.origin.read(name, offset, size)
 
-    def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        """`read` of several (offset, size)."""
-        return [self.read(name, offset, size) for offset, size in places]
+    def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """`read` of several (offset, size), one by one."""
+        return (self.read(name, offset, size) for offset, size in places)
 
     def renew(self, name: str, offset: int) -> bool:
         """Drop the block of a sample that proved damaged, unless it is known to be so at the source. Whether
@@ -269,10 +269,7 @@ class CachedFiles:
 
     def _intact(self, row: int, block: Block, fd: int) -> bool:
         """Whether every byte of a sample that has a checksum matches it."""
-        places = {
-            m: (int(self.manifest.column(f"{m}_offset")[row]), int(self.manifest.column(f"{m}_size")[row]))
-            for m in MEMBERS
-        }
+        places = self.blocks.places(row)
 
         def bytes_of(member: str, offset: int, size: int) -> bytes:
             return os.pread(fd, size, places[member][0] + offset - block.start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from data_pipeline.remote_files import RemoteFiles
@@ -19,7 +19,9 @@ class ByteSource(Protocol):
 
     def read(self, name: str, offset: int, size: int) -> bytes: ...
 
-    def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> list[bytes]: ...
+    def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> Iterable[bytes]:
+        """`read` of several (offset, size) of one file: fetched together, or one by one as they are taken."""
+        ...
 
     def renew(self, name: str, offset: int) -> bool:
         """Called when bytes of a sample proved damaged: whether reading them again may give others."""
@@ -58,9 +60,9 @@ class LocalFiles:
             os.close(self._open.popitem(last=False)[1])
         return _pread(fd, size, offset)
 
-    def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        """`read` of several (offset, size)."""
-        return [self.read(name, offset, size) for offset, size in places]
+    def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """`read` of several (offset, size), one by one."""
+        return (self.read(name, offset, size) for offset, size in places)
 
     def renew(self, name: str, offset: int) -> bool:
         """A disk gives the same bytes again."""

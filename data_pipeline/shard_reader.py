@@ -11,11 +11,11 @@ import numpy as np
 
 from data_pipeline.chunk_decoder import ChunkDecoder
 from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_index
-from data_pipeline.shard_files import ByteSource, files_at
+from data_pipeline.shard_files import ByteSource, LocalFiles, files_at
 from data_pipeline.touched_chunks import Piece, runs, touched_chunks
 
 CACHED_INDICES = 64  # parsed indices a reader keeps; about 60 KB for a 512x512x300 CT
-GAP = 32 * 1024  # bytes read and thrown away rather than starting another request
+GAP = LocalFiles.gap
 INVALID = -32768  # as in storage.py, which imports this file: stored int16 of a voxel with no real value
 
 
@@ -83,9 +83,26 @@ class ShardReader:
         (z, y, x) voxels of that member. Returns (z, y, x), or (c, z, y, x) when `channel` is None. Voxels of
         "image" that the sample hides (member "hide", 1 where `deface: mask` found a face) come back as
         invalid, INVALID or NaN, unless `hidden`; the reduced levels never held them. Raises `DamagedSample`,
-        never wrong voxels; ValueError when the box does not lie inside the member or the sample has no such
-        member.
+        never wrong voxels, if bytes are damaged and reading them again does not help; ValueError when the box
+        does not lie inside the member or the sample has no such member.
         """
+        try:
+            return self._box(row, member, channel, origin, extent, hidden)
+        except DamagedSample:
+            if not self.files.renew(self._shard(row), self._place(row, "idx")[0]):
+                raise
+            self._indices.pop(int(row), None)
+            return self._box(row, member, channel, origin, extent, hidden)
+
+    def _box(
+        self,
+        row: int,
+        member: str,
+        channel: int | None,
+        origin: Sequence[int],
+        extent: Sequence[int],
+        hidden: bool,
+    ) -> np.ndarray:
         index = self._member(row, member)
         channels = (0, index.shape[0]) if channel is None else (channel, channel + 1)
         low = (channels[0], *map(int, origin))
@@ -129,25 +146,31 @@ class ShardReader:
             else:
                 stored.append(piece)
         scratch = np.empty(index.chunk, index.dtype)
-        for run in runs(stored, GAP):
-            for piece, data in zip(run, self._fetch(row, index.name, run)):
-                try:
-                    self._decoder.decode(data, scratch)
-                except (RuntimeError, ValueError) as error:
-                    raise self._damaged(row, index.name, piece.number, "does not decompress") from error
-                out[piece.target] = scratch[piece.inside]
+        for piece, data in self._fetch(row, index.name, list(runs(stored, self.files.gap))):
+            try:
+                self._decoder.decode(data, scratch)
+            except (RuntimeError, ValueError) as error:
+                raise self._damaged(row, index.name, piece.number, "does not decompress") from error
+            out[piece.target] = scratch[piece.inside]
 
-    def _fetch(self, row: int, member: str, run: list[Piece]) -> Iterator[memoryview]:
-        """The stored bytes of neighbouring chunks, by one request; each is checked before it is handed on."""
-        first, end = run[0].offset, run[-1].offset + run[-1].size
-        fetched = memoryview(self._read(row, member, self._place(row, member)[0] + first, end - first))
-        for piece in run:
-            data = fetched[piece.offset - first : piece.offset - first + piece.size]
-            if len(data) != piece.size:
-                raise self._damaged(row, member, piece.number, "the shard ends too early")
-            if checksum(data) != piece.check:
-                raise self._damaged(row, member, piece.number, "its bytes do not match their checksum")
-            yield data
+    def _fetch(self, row: int, member: str, batch: list[list[Piece]]) -> Iterator[tuple[Piece, memoryview]]:
+        """Chunks with their stored bytes, checked; by one request for each run of neighbours."""
+        start = self._place(row, member)[0]
+        places = [(start + run[0].offset, run[-1].offset + run[-1].size - run[0].offset) for run in batch]
+        try:
+            for run, fetched in zip(batch, self.files.read_many(self._shard(row), places)):
+                for piece in run:
+                    at = piece.offset - run[0].offset
+                    data = memoryview(fetched)[at : at + piece.size]
+                    if len(data) != piece.size:
+                        raise self._damaged(row, member, piece.number, "the shard ends too early")
+                    if checksum(data) != piece.check:
+                        raise self._damaged(
+                            row, member, piece.number, "its bytes do not match their checksum"
+                        )
+                    yield piece, data
+        except (OSError, ValueError) as error:
+            raise self._unreadable(row, member, error) from error
 
     def _member(self, row: int, member: str) -> MemberIndex:
         """The checked index of one member of a sample."""
@@ -185,10 +208,11 @@ class ShardReader:
         try:
             return self.files.read(self._shard(row), offset, size)
         except (OSError, ValueError) as error:
-            reason = (
-                "the shard is missing" if isinstance(error, FileNotFoundError) else "the shard cannot be read"
-            )
-            raise self._damaged(row, member, -1, reason) from error
+            raise self._unreadable(row, member, error) from error
+
+    def _unreadable(self, row: int, member: str, error: Exception) -> DamagedSample:
+        missing = isinstance(error, FileNotFoundError)
+        return self._damaged(row, member, -1, f"the shard {'is missing' if missing else 'cannot be read'}")
 
     def _key(self, row: int) -> str:
         return str(self.manifest.value(row, "key"))
