@@ -24,8 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import UserError
+from data_pipeline.remote_files import RemoteFiles
 
 FORMAT_VERSION = 2
+OPEN_PATIENCE_S = 60.0  # for a store that does not answer
 MEMBERS = ("image", "l1", "l2", "seg", "hide", "idx", "json")
 SUFFIX = {
     "image": "b2nd",
@@ -227,10 +229,11 @@ def _read(place: Path | str, name: str) -> bytes:
     try:
         if isinstance(place, Path):
             return (place / name).read_bytes()
-        import fsspec
-
-        with fsspec.open(f"{place}/{name}", "rb") as file:
-            return bytes(file.read())
+        files = RemoteFiles(place, patience_s=OPEN_PATIENCE_S)
+        try:
+            return files.whole(name)
+        finally:
+            files.close()
     except OSError as error:
         raise _no_dataset(place, name) from error
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
 from data_pipeline.blocks import Block
 from data_pipeline.order import Draw
-from data_pipeline.shard_cache import CachedFiles
+from data_pipeline.shard_cache import CacheConfig, CachedFiles
 
 PULLED = 2  # micro-steps looked at for each one passed on, so that the first batch does not wait for them all
+
+
+def part_of(config: CacheConfig, workers: int) -> int:
+    """Bytes that one worker may have fetched ahead: half of the cache is shared out among those of a machine.
+
+    torchrun tells how many ranks that machine has.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(config.gb * 1e9 / 2 / (ranks * max(1, workers)))
 
 
 class MicroStep(Protocol):

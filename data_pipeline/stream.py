@@ -34,7 +34,10 @@ from data_pipeline.damage import DamageCount
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Draw, Order, lanes_of
+from data_pipeline.prefetch import Prefetch, part_of
+from data_pipeline.shard_cache import CacheConfig, CachedFiles, open_files
 from data_pipeline.shard_reader import DamagedSample, ShardReader
+from data_pipeline.traffic import Meter, Traffic
 
 Batch = TypeVar("Batch")
 LEVELS = ("image", "l1", "l2")
@@ -90,6 +93,7 @@ class _Done(Generic[Batch]):
     replaced: tuple[str, ...]
     faults: tuple[DamagedSample, ...]
     drawn: dict[str, tuple[int, int]]
+    traffic: Traffic
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,9 @@ class _Reader:
         collate: Callable[[int, int | None, list[Crop]], Any],
         with_seg: bool,
         all_channels: bool,
+        meter: Meter,
     ) -> None:
+        self.meter = meter
         self.shards, self.manifest, self.order, self.collate = shards, manifest, order, collate
         self.with_seg, self.all_channels = with_seg, all_channels
         self._known: set[str] = set()  # damaged samples that the consuming process was told of
@@ -155,7 +161,7 @@ class _Reader:
                 count, epoch = drawn.get(name, (0, 0))
                 drawn[name] = count + 1, max(epoch, draw.repeat)
             batch = self.collate(work.update, work.group, crops)
-            yield _Done(batch, len(crops), item.replaced, item.faults, drawn)
+            yield _Done(batch, len(crops), item.replaced, item.faults, drawn, self.meter.take())
 
     def _group(self, work: Work) -> _Read:
         draws = [] if work.group is None else self.order.group_draws(work.update, work.group)
@@ -234,13 +240,14 @@ class Stream(Generic[Batch]):
 
     Counted over the batches taken: `crops`; `damaged`, crops replaced because their sample is damaged;
     `damage`, the same by key of the sample; `drawn`, crops by source; `epochs`, by source, how often its
-    samples have come round (the largest `Draw.repeat`).
+    samples have come round (the largest `Draw.repeat`); `traffic`, what reading them cost.
     """
 
     def __init__(self, pipeline: wds.DataPipeline, workers: int, prefetch: int, damage: DamageCount) -> None:
         self._damage = damage
         self.drawn: dict[str, int] = {}
         self.epochs: dict[str, int] = {}
+        self.traffic = Traffic()
         self._started = False
         # Not inherited by name and free of locks, so that a signal handler may read it.
         self._closing = multiprocessing.get_context("fork").RawValue("b", 0) if workers else None
@@ -295,6 +302,7 @@ class Stream(Generic[Batch]):
         for source, (crops, epoch) in item.drawn.items():
             self.drawn[source] = self.drawn.get(source, 0) + crops
             self.epochs[source] = max(self.epochs.get(source, 0), epoch)
+        self.traffic += item.traffic
         return item.batch
 
     @property
@@ -396,6 +404,7 @@ def open_stream(
     all_channels: bool = False,
     max_damage: float = 0.01,
     prefetch: int = 2,
+    cache: CacheConfig | None = None,
 ) -> Stream[Batch]:
     """Endless batches of one rank from `start_update` on: ceil(groups / world) consecutive ones an update, in
     order.
@@ -403,14 +412,20 @@ def open_stream(
     collate: `(update, group, crops) -> batch`, run in the worker; `(update, None, [])` where this rank has no
     group for a micro-step. Batches cross from workers through shared memory if they hold torch tensors.
     with_seg: read labels too (level 0 only, so with an order that has a window). all_channels: read every
-    channel, not the drawn one. prefetch: batches a worker prepares ahead.
+    channel, not the drawn one. prefetch: batches a worker prepares ahead. cache: how shards are brought to
+    this machine.
 
     max_damage: share of the crops of this stream that may come from damaged samples: of the last hundred
     thousand or so, and of at least a thousand. Such a crop is replaced by another of the same source, stratum
     and lane, counted by sample in `Stream.damage`; each sample is logged once. Above the share, UserError.
     """
-    reader = _Reader(ShardReader(root, manifest), manifest, order, collate, with_seg, all_channels)
-    source = _Source(lanes_of(rank, world, order.groups), start_update)
+    cache, meter = cache or CacheConfig(), Meter()
+    files = open_files(root, manifest, cache, meter)
+    shards = ShardReader(root, manifest, files)
+    reader = _Reader(shards, manifest, order, collate, with_seg, all_channels, meter)
+    stages: list[Any] = [_Source(lanes_of(rank, world, order.groups), start_update)]
+    if isinstance(files, CachedFiles):
+        stages.append(Prefetch(files, order, cache.lookahead, part_of(cache, workers)))
     damage = DamageCount(max_damage, manifest.root)
     manifest.release()  # of what the order read
-    return Stream(wds.DataPipeline(source, reader.read, reader.assemble), workers, prefetch, damage)
+    return Stream(wds.DataPipeline(*stages, reader.read, reader.assemble), workers, prefetch, damage)
