@@ -1,43 +1,35 @@
 """Which sample comes i-th and which crop is cut from it: a pure function of (manifest, mixture, seed, i).
 
 A batch is `groups` groups; a group is the smallest unit a rank can take and has a constant composition:
-`RowSpec.rows` rows of `RowSpec.k` crops for each stratum, a geometry and row class. Group g of every update
-forms lane g, which has its own samples. In each stratum of a lane, every prefix holds each source less than
-one crop from its share; over all strata the error is below one for each stratum that the source shares with
-another. Nothing here knows of ranks, workers or history, so a resume is one integer and every split of the
-work gives the same sequence.
+`RowSpec.rows` rows of `RowSpec.k` crops for each kind of row, a geometry and row class (a stratum). Group g
+of every update forms lane g, which has its own samples; every prefix of a lane holds each source within a
+stated number of crops of its share, see `lane_table`. Nothing here knows of ranks, workers or history, so a
+resume is one integer and every split of the work gives the same sequence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from data_pipeline.crops import MAX_RESIDUAL, Box, Floats, window_box, zoomed_box
-from data_pipeline.epochs import Cell, shard_starts
+from data_pipeline.epochs import Cell, samples_per_shard
 from data_pipeline.errors import UserError
 from data_pipeline.geometry import PATCH, TokenConfig, Triple, largest_box
+from data_pipeline.lane_table import LaneTable
 from data_pipeline.rng import uniforms
-from data_pipeline.schedule import MixtureConfig, compose, lane_table, source_table, stratum_shares
+from data_pipeline.schedule import MixtureConfig, compose, merge_rare, share_windows, stratum_shares
+from data_pipeline.selection import Columns, source_codes, text_codes, wanted_shares
+
+__all__ = ["Columns", "Draw", "Order", "RowSpec", "lanes_of"]
 
 KINDS = ("volume", "slab", "planar")
 #: Of the rule by which samples are drawn; a run that was started under another is not resumed silently.
 ORDER_VERSION = 2
-
-
-class Columns(Protocol):
-    """What the order reads of a manifest; `row` only for crops placed over labelled voxels."""
-
-    hash: str
-
-    def __len__(self) -> int: ...
-    def column(self, name: str) -> np.ndarray: ...
-    def row(self, i: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -90,10 +82,13 @@ class Draw:
 class Order:
     """Draws of one selection of a manifest.
 
-    manifest: anything with `column(name)`, `row(i)`, `hash` and a length. rows: manifest rows to draw from (a
-    split). tokens: slots of a row and row classes. mixture: weights, zoom range, groups. seed: of every
-    choice. window: voxels of a fine-tuning crop, stem order; then every crop is cut at native resolution, one
-    a row, at most this large.
+    manifest: anything with `column(name)`, `value(i, name)`, `hash` and a length. rows: manifest rows to draw
+    from (a split). tokens: slots of a row and row classes. mixture: weights, zoom range, groups. seed: of
+    every choice. window: voxels of a fine-tuning crop, stem order; then every crop is cut at native
+    resolution, one a row, at most this large.
+
+    Attributes: `sources` (names), `wanted` (share of crops that the mixture asks for each), `weights` (share
+    it gets, exactly, over a period of every lane), `composition`, `group_size`, `groups`, `batch_size`.
 
     Memory: one int32 a sample, held once a process and shared by forked workers, beside what the manifest
     maps. A draw costs tens of microseconds. Raises UserError for an empty selection and for a mixture that
@@ -111,44 +106,74 @@ class Order:
     ) -> None:
         self.tokens, self.mixture, self.seed, self.window = tokens, mixture, seed, window
         self.manifest = manifest
-        rows = np.sort(np.asarray(rows, dtype=np.int64))
+        rows = np.asarray(rows).astype(np.int32)
         if len(rows) == 0:
             raise UserError(
                 "no sample to draw: the selected split, sources or modalities of the dataset are empty"
             )
-        self.sources, source = _source_codes(manifest, rows, mixture)
-        self.wanted = _wanted(self.sources, source, mixture)
+        if (rows[1:] < rows[:-1]).any():
+            rows = np.sort(rows)
+        self.sources, source = source_codes(manifest, rows, mixture.by)
+        self.wanted = wanted_shares(self.sources, source, mixture)
         kept = self.wanted[source] > 0
         self.left_out = int(len(rows) - kept.sum())
-        rows, source = rows[kept], source[kept]
+        if self.left_out:
+            rows, source = rows[kept], source[kept]
+        del kept
 
         self._map_columns()
-        kind = _kinds(manifest, rows)
-        counted = self._row_classes(rows, kind)
-        strata, stratum = np.unique(kind * 1024 + counted, return_inverse=True)
-        kinds, ks = [KINDS[code // 1024] for code in strata.tolist()], (strata % 1024).tolist()
-
-        counts = np.zeros((len(self.sources), len(strata)))
-        np.add.at(counts, (source, stratum), 1)
-        present = counts.sum(axis=1) > 0
-        natural = self.wanted[present, None] * counts[present] / counts[present].sum(axis=1, keepdims=True)
-        per_group = compose(natural.sum(axis=0).tolist(), ks, mixture.rows_per_group)
-        self.composition = tuple(
-            self._row_spec(kind_name, k, n) for kind_name, k, n in zip(kinds, ks, per_group)
-        )
-        crops = np.array([spec.crops for spec in self.composition], dtype=np.float64)
-        shares = np.zeros_like(counts)
-        shares[present] = stratum_shares(self.wanted[present], counts[present], crops)
-        self.group_size = int(crops.sum())
+        stratum, shares = self._compose(rows, source)
         self.groups = mixture.groups
+        self.group_size = sum(spec.crops for spec in self.composition)
         self.batch_size = self.groups * self.group_size
-        self._ends = np.cumsum(crops).astype(int).tolist()
-        self._base = [source_table(shares[:, j]) for j in range(len(strata))]
-        #: Share of crops of each source that the composition gives, beside `wanted`.
-        self.weights = self._table_shares() @ (crops / crops.sum())
-        self.counts = counts.astype(int)
-        self._lane = lru_cache(maxsize=None)(self._lane_schedule)
+        self._table = LaneTable(
+            shares,
+            [spec.crops for spec in self.composition],
+            [spec.geometry for spec in self.composition],
+            seed,
+            self.groups,
+        )
+        self.weights = self._table.weights
         self._cells = self._deal(rows, source, stratum)
+
+    def _compose(self, rows: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sets `composition`, `counts` and `merged`; the stratum of each row, and each source's share of
+        each stratum.
+        """
+        kind = _kinds(self.manifest, rows)
+        code = kind * len(self.tokens.classes) + self._row_classes(rows, kind)
+        n = len(KINDS) * len(self.tokens.classes)
+        by_code = np.bincount(source.astype(np.int64) * n + code, minlength=len(self.sources) * n)
+        by_code = by_code.reshape(-1, n)
+        codes = np.flatnonzero(by_code.any(axis=0))
+        counts = by_code[:, codes]
+        classes = len(self.tokens.classes)
+        kinds = [KINDS[c // classes] for c in codes.tolist()]
+        ks = [self.tokens.classes[c % classes] for c in codes.tolist()]
+
+        present = counts.any(axis=1)
+        natural = (self.wanted[present, None] * counts[present] / counts[present].sum(axis=1)[:, None]).sum(
+            axis=0
+        )
+        joins = merge_rare(kinds, ks, natural.tolist(), self.mixture.rows_per_group)
+        left = sorted(set(joins))
+        self.merged = [
+            (int(counts[:, c].sum()), kinds[c], ks[c], ks[into]) for c, into in enumerate(joins) if c != into
+        ]
+        into = np.array([left.index(j) for j in joins])
+        self.counts = np.stack([counts[:, into == c].sum(axis=1) for c in range(len(left))], axis=1)
+        per_group = compose(
+            [float(natural[into == c].sum()) for c in range(len(left))],
+            [ks[c] for c in left],
+            self.mixture.rows_per_group or len(joins),
+        )
+        self.composition = tuple(self._row_spec(kinds[c], ks[c], rows) for c, rows in zip(left, per_group))
+        shares = np.zeros(self.counts.shape)
+        crops = np.array([spec.crops for spec in self.composition], dtype=np.float64)
+        shares[present] = stratum_shares(self.wanted[present], self.counts[present].astype(np.float64), crops)
+        stratum_of = np.zeros(n, dtype=np.uint8)
+        stratum_of[codes] = into
+        return stratum_of[code], shares
 
     def _map_columns(self) -> None:
         self._shape = self.manifest.column("shape")
@@ -157,13 +182,12 @@ class Order:
         self._levels = _level_columns(self.manifest)
 
     def __getstate__(self) -> dict[str, Any]:
-        mapped = {"_lane", "_shape", "_spacing", "_axes", "_levels"}
+        mapped = {"_shape", "_spacing", "_axes", "_levels"}
         return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map_columns()
-        self._lane = lru_cache(maxsize=None)(self._lane_schedule)
 
     @property
     def rows(self) -> np.ndarray:
@@ -177,18 +201,19 @@ class Order:
         return self._crop(i, row, group, spec, slot, epoch, "crop")
 
     def group_draws(self, update: int, group: int) -> list[Draw]:
-        """All crops of one group of one update, in the order of its composition."""
+        """All crops of one group of one update, in the order of the lane; `spec` and `slot` say where each
+        goes.
+        """
         first = update * self.batch_size + group * self.group_size
         return [self.draw(first + j) for j in range(self.group_size)]
 
     def substitute(self, i: int, attempt: int) -> Draw:
-        """A crop in place of the i-th, whose sample is damaged: of the same source, stratum and lane."""
-        group, spec, slot, cell, _ = self._locate(i)
-        low, high = cell.lane_range(group)
-        u = uniforms(self.seed, i, f"substitute-{attempt}", 1)[0]
-        return self._crop(
-            i, int(cell.rows[low + int(u * (high - low))]), group, spec, slot, 0, f"crop-{attempt}"
-        )
+        """A crop in place of the i-th, whose sample is damaged: of the same source, stratum and lane, from
+        what the lane reads around that time.
+        """
+        group, spec, slot, cell, n = self._locate(i)
+        row, epoch = cell.instead(group, n // self.mixture.crops_per_volume, attempt)
+        return self._crop(i, row, group, spec, slot, epoch, f"crop-{attempt}")
 
     def row(self, i: int) -> int:
         """Manifest row of the i-th crop; in a fraction of the time of `draw`."""
@@ -202,40 +227,19 @@ class Order:
 
     def source_of(self, i: int) -> str:
         """Name of the source that the i-th crop comes from (the sample is not looked up)."""
-        group, spec, slot = self._place(i)
-        return self.sources[self._source_at(group, spec, self._nth(i, spec, slot))[0]]
+        return self.sources[self._table.at(*self._lane_position(i))[0]]
 
-    def _place(self, i: int) -> tuple[int, int, int]:
-        group, j = divmod(i % self.batch_size, self.group_size)
-        spec = 0
-        while j >= self._ends[spec]:
-            spec += 1
-        return group, spec, j - self._ends[spec] + self.composition[spec].crops
-
-    def _nth(self, i: int, spec: int, slot: int) -> int:
-        return i // self.batch_size * self.composition[spec].crops + slot
-
-    def _source_at(self, group: int, spec: int, n: int) -> tuple[int, int]:
-        """Source of the n-th crop of a lane in a stratum, and how many of that source the lane had before."""
-        source, before, per_period = self._lane(group, spec)
-        period, position = divmod(n, len(source))
-        code = int(source[position])
-        return code, period * per_period[code] + int(before[position])
+    def _lane_position(self, i: int) -> tuple[int, int]:
+        update, place = divmod(i, self.batch_size)
+        group, j = divmod(place, self.group_size)
+        return group, update * self.group_size + j
 
     def _locate(self, i: int) -> tuple[int, int, int, Cell, int]:
-        group, spec, slot = self._place(i)
-        source, n = self._source_at(group, spec, self._nth(i, spec, slot))
+        """Lane, stratum, slot, cell of the i-th crop, and how many of that cell the lane had before."""
+        group, position = self._lane_position(i)
+        spec, slot = self._table.places[position % self.group_size]
+        source, n = self._table.at(group, position)
         return group, spec, slot, self._cells[source, spec], n
-
-    def _lane_schedule(self, group: int, spec: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        source = lane_table(*self._base[spec], self.seed, group, str(spec))
-        before = np.empty_like(source)
-        per_period = [0] * len(self.sources)
-        for code in np.unique(source).tolist():
-            at = np.flatnonzero(source == code)
-            before[at] = np.arange(len(at))
-            per_period[code] = len(at)
-        return source, before, per_period
 
     def _crop(self, i: int, row: int, group: int, spec: int, slot: int, epoch: int, purpose: str) -> Draw:
         kind, capacity = self.composition[spec].geometry, self.composition[spec].capacity
@@ -280,8 +284,11 @@ class Order:
         return count
 
     def _focus(self, row: int, u: Sequence[float]) -> Triple | None:
-        """A labelled voxel, stored (z, y, x), listed for a random class; None if none is listed."""
-        listed = [entry for entry in self.manifest.row(row).get("foreground") or () if len(entry["voxels"])]
+        """A listed voxel, stored (z, y, x): of a random labelled class, without labels of the content (class
+        0); None if none is listed.
+        """
+        listed = [entry for entry in self.manifest.value(row, "foreground") or () if len(entry["voxels"])]
+        listed = [entry for entry in listed if entry["class"] > 0] or listed
         if not listed:
             return None
         voxels = listed[int(u[0] * len(listed))]["voxels"]
@@ -289,20 +296,21 @@ class Order:
         return int(z), int(y), int(x)
 
     def _row_classes(self, rows: np.ndarray, kind: np.ndarray) -> np.ndarray:
-        """Row class of each sample: the most crops a row can hold with room for the whole sample in each."""
-        classes = np.ones(len(rows), dtype=np.int64)
+        """Number of each sample's row class: the most crops a row can hold with room for the whole sample in
+        each (uint8).
+        """
+        classes = np.zeros(len(rows), dtype=np.uint8)
         self._oversize = dict.fromkeys(KINDS, False)
         if self.window is not None:
             return classes
         patches = np.array([PATCH[name] for name in KINDS])
         for part in range(0, len(rows), 1 << 18):
             chunk = slice(part, part + (1 << 18))
-            stem = np.take_along_axis(
-                self._shape[rows[chunk], 1:], self._axes[rows[chunk]].astype(np.int64), axis=1
-            )
-            tokens = np.prod(-(-stem.astype(np.int64) // patches[kind[chunk]]), axis=1)
-            for k in self.tokens.classes:
-                classes[chunk][tokens <= self.tokens.slots // k] = k
+            shape, axes = self._shape[rows[chunk]], self._axes[rows[chunk]].astype(np.int64)
+            stem = np.take_along_axis(shape[:, 1:].astype(np.int64), axes, axis=1)
+            tokens = np.prod(-(-stem // patches[kind[chunk]]), axis=1)
+            for number, k in enumerate(self.tokens.classes):
+                classes[chunk][tokens <= self.tokens.slots // k] = number
             for code in np.unique(kind[chunk][tokens > self.tokens.slots]).tolist():
                 self._oversize[KINDS[code]] = True
         return classes
@@ -317,40 +325,51 @@ class Order:
         return RowSpec(kind, k, rows, capacity, largest_box(kind, capacity, high))
 
     def _deal(self, rows: np.ndarray, source: np.ndarray, stratum: np.ndarray) -> dict[tuple[int, int], Cell]:
-        shard = _factorize(self.manifest, "shard", rows)[1]
+        """The cells, with each its part of the shards that a lane may read at a time."""
+        shard = text_codes(self.manifest, "shard", rows)[1]
         label = source * len(self.composition) + stratum
+        if self.counts.size <= 1 << 16:
+            label = label.astype(np.uint16)  # sorted by radix
         by_cell = np.argsort(label, kind="stable")
-        labels, first = np.unique(label[by_cell], return_index=True)
-        rows32 = rows.astype(np.int32)
+        ends = np.cumsum(self.counts.ravel())[:-1]
+        rows, shard = rows[by_cell], shard[by_cell]
+        there = np.flatnonzero(self.counts.ravel())
+        parts = [part for part in np.split(rows, ends) if len(part)]
+        pieces = [samples_per_shard(part) for part in np.split(shard, ends) if len(part)]
+        per_lane = [-(-len(part) // (self.groups * piece)) for part, piece in zip(parts, pieces)]
+        windows = share_windows(self._table.cells.ravel()[there], per_lane, self.mixture.window_shards)
         cells = {}
-        for code, members in zip(labels.tolist(), np.split(by_cell, first[1:])):
-            at = divmod(code, len(self.composition))
-            spec = self.composition[at[1]]
-            name = f"{self.sources[at[0]]}:{spec.geometry}:{spec.k}"
-            cells[at] = Cell(
-                rows32[members],
-                shard_starts(shard[members]),
-                self.groups,
-                self.mixture.window_shards,
-                self.seed,
-                name,
-            )
+        for number, part, piece, window in zip(there.tolist(), parts, pieces, windows):
+            s, c = divmod(number, len(self.composition))
+            spec = self.composition[c]
+            name = f"{self.sources[s]}:{spec.geometry}:{spec.k}"
+            cells[s, c] = Cell(part, piece, self.groups, window, self.seed, name)
         return cells
-
-    def _table_shares(self) -> np.ndarray:
-        """Share of each source in each stratum as the periodic tables give it, (sources, strata)."""
-        n = len(self.sources)
-        return np.stack([np.bincount(t[0], minlength=n) / len(t[0]) for t in self._base], axis=1)
 
     def describe(self) -> str:
         """What a group holds, what rounding did to the weights, and how often samples come round."""
+        table = self._table
+        rows = ", ".join(
+            f"{s.rows} × {s.geometry} rows of {s.k} (≤ {s.capacity} tokens)" for s in self.composition
+        )
         lines = [
             f"batch: {self.groups} groups of {self.group_size} crops = {self.batch_size} crops an update",
-            "group: "
-            + ", ".join(
-                f"{s.rows} × {s.geometry} rows of {s.k} (≤ {s.capacity} tokens)" for s in self.composition
-            ),
+            f"group: {rows}",
         ]
+        lines += [
+            f"  {n} samples of {kind} rows of {k} go into rows of {into}: they would fill less than half a "
+            "row of a group"
+            for n, kind, k, into in self.merged
+        ]
+        lines += [
+            f"sources by {self.mixture.by}: every prefix of a lane is within {_up(table.bound)} crops of its "
+            f"share, within {_up(table.group_bound)} after each group (shares in steps of 1/{table.length})",
+            "epoch of a source: each of its samples once, kind of row by kind of row",
+        ]
+        # Samples an update of each cell, and the updates in which each is drawn once.
+        rate = table.cells / table.length * self.batch_size / self.mixture.crops_per_volume
+        updates = {at: len(cell.rows) / rate[at] for at, cell in sorted(self._cells.items())}
+        slowest = max(updates.values())
         for s, name in enumerate(self.sources):
             if self.wanted[s] == 0:
                 lines.append(f"source {name}: weight 0, left out")
@@ -359,19 +378,22 @@ class Order:
                 f"source {name}: {self.counts[s].sum()} samples, {self.weights[s]:.2%} of crops (wanted "
                 f"{self.wanted[s]:.2%}; the difference comes from rounding a group to whole rows)"
             )
-        for (source, j), cell in sorted(self._cells.items()):
-            spec = self.composition[j]
-            per_update = (
-                self._table_shares()[source, j] * spec.crops * self.groups / self.mixture.crops_per_volume
-            )
-            dealt = "dealt by shard" if cell.by_shard else "shared by all lanes (few shards or samples)"
-            lines.append(
-                f"  {self.sources[source]} {spec.geometry} of {spec.k}: {len(cell.rows)} samples {dealt}, "
-                f"an epoch every {len(cell.rows) / per_update:.1f} updates"
-            )
+            for (source, c), count in updates.items():
+                if source == s:
+                    lines.append(self._described(s, c, count, slowest))
         if self.left_out:
             lines.append(f"{self.left_out} samples of weight 0 are never drawn")
         return "\n".join(lines)
+
+    def _described(self, source: int, stratum: int, updates: float, slowest: float) -> str:
+        cell, spec = self._cells[source, stratum], self.composition[stratum]
+        own = "each lane has its own" if cell.dealt else "shared by all lanes (under 8 a lane)"
+        often = slowest / updates
+        repeated = f", drawn {often:.1f} times as often as the rarest" if often > 1.05 else ""
+        return (
+            f"  {spec.geometry} of {spec.k}: {len(cell.rows)} samples, {own}, an epoch every {updates:.1f} "
+            f"updates{repeated}"
+        )
 
 
 def lanes_of(rank: int, world: int, groups: int) -> list[int | None]:
@@ -396,58 +418,15 @@ def _stored(stem: Triple, a: int, b: int, c: int) -> Triple:
     return stored[0], stored[1], stored[2]
 
 
-def _factorize(manifest: Columns, name: str, rows: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Distinct texts of a column in these rows, sorted, and the number of each row's text among them."""
-    table = getattr(manifest, "table", None)
-    if table is None:
-        values = manifest.column(name)[rows]
-        encoded = pa.array(values.tolist()).dictionary_encode()
-    else:  # straight from the mapped file: no Python text a sample
-        encoded = table.column(name).take(pa.array(rows)).combine_chunks().dictionary_encode()
-    names = [str(text) for text in encoded.dictionary.to_pylist()]
-    ranking = np.argsort(np.argsort(np.array(names), kind="stable"), kind="stable")
-    return sorted(names), ranking[encoded.indices.to_numpy(zero_copy_only=False)]
-
-
 def _kinds(manifest: Columns, rows: np.ndarray) -> np.ndarray:
-    """Number in `KINDS` of the geometry of each of these rows."""
-    found, codes = _factorize(manifest, "geometry", rows)
+    """Number in `KINDS` of the geometry of each of these rows (uint8)."""
+    found, codes = text_codes(manifest, "geometry", rows)
     unknown = [name for name in found if name not in KINDS]
     if unknown:
         raise UserError(
             f"manifest: geometry {unknown[0]!r} is not one of {', '.join(KINDS)}; build the dataset again"
         )
-    return np.array([KINDS.index(name) for name in found])[codes]
-
-
-def _source_codes(
-    manifest: Columns, rows: np.ndarray, mixture: MixtureConfig
-) -> tuple[list[str], np.ndarray]:
-    if mixture.by not in ("modality", "source"):
-        raise UserError(
-            f"mixture.by is {mixture.by!r}; it names the manifest column to weigh by: modality or source"
-        )
-    return _factorize(manifest, mixture.by, rows)
-
-
-def _wanted(sources: list[str], source: np.ndarray, mixture: MixtureConfig) -> np.ndarray:
-    """Share of crops wanted of each source, summing to 1."""
-    if mixture.weights is None:
-        share = np.sqrt(np.bincount(source, minlength=len(sources)))
-    else:
-        named, there = set(mixture.weights), set(sources)
-        if named != there:
-            odd = sorted(there - named) or sorted(named - there)
-            wrong = (
-                "has no weight (0 leaves it out)"
-                if there - named
-                else f"is not in the data ({', '.join(sources)})"
-            )
-            raise UserError(f"mixture.weights: {mixture.by} {odd[0]!r} {wrong}")
-        share = np.array([mixture.weights[name] for name in sources])
-    if share.sum() == 0:
-        raise UserError("mixture.weights: every source in the data has weight 0; give one of them more")
-    return share / share.sum()
+    return np.array([KINDS.index(name) for name in found], dtype=np.uint8)[codes]
 
 
 def _level_columns(manifest: Columns) -> list[np.ndarray]:
@@ -456,3 +435,8 @@ def _level_columns(manifest: Columns) -> list[np.ndarray]:
         return [manifest.column("l1_offset"), manifest.column("l2_offset")]
     except KeyError:
         return []
+
+
+def _up(x: float) -> float:
+    """Rounded up to two decimals, so that the printed bound holds."""
+    return math.ceil(x * 100 - 1e-6) / 100

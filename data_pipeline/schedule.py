@@ -1,13 +1,10 @@
-"""Which kinds of rows a group holds, and from which source each crop of a lane comes.
+"""What is drawn and how often: the mixture of a recipe, the rows of a group, the shares of the sources.
 
-The composition of a group is constant: whole rows of each (geometry, row class). Inside such a stratum, a
-periodic table says which source the n-th crop of a lane comes from; on every prefix, a source's count is less
-than one crop away from its share times the length.
+The composition of a group is constant: whole rows of each kind, a geometry and row class (a stratum).
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 
@@ -15,10 +12,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data_pipeline.errors import UserError
-from data_pipeline.rng import words
-
-#: Crops after which a source table repeats; weights of three decimals, thirds and eighths are exact.
-PERIOD = 3000
 
 
 class MixtureConfig(BaseModel):
@@ -26,7 +19,9 @@ class MixtureConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    by: str = Field("modality", description="what a weight is for: each modality or each source")
+    by: str = Field(
+        "modality", description="manifest column whose values are the sources that weights are for"
+    )
     weights: dict[str, float] | None = Field(
         None,
         description="share of crops of each source; none: proportional to the square root of its samples",
@@ -36,8 +31,10 @@ class MixtureConfig(BaseModel):
     )
     foreground: float = Field(0.0, ge=0.0, le=1.0, description="share of crops placed over a labelled voxel")
     groups: int = Field(8, ge=1, description="groups of a batch, which is the largest useful number of ranks")
-    rows_per_group: int | None = Field(None, ge=1, description="rows of a group; none: one of each kind")
-    window_shards: int = Field(16, ge=1, description="shards whose samples are shuffled together")
+    rows_per_group: int | None = Field(
+        None, ge=1, description="rows of a group; none: as many as there are kinds of rows"
+    )
+    window_shards: int = Field(16, ge=1, description="shards a lane shuffles at a time, over all its sources")
     crops_per_volume: int = Field(
         1, ge=1, description="crops taken from a volume in a row, to read it less often"
     )
@@ -84,16 +81,55 @@ def largest_remainder(shares: Sequence[float] | np.ndarray, total: int, least: i
     return counts.tolist()
 
 
-def compose(shares: Sequence[float], per_row: Sequence[int], rows: int | None) -> list[int]:
+def merge_rare(
+    geometries: Sequence[str], per_row: Sequence[int], shares: Sequence[float], rows: int | None
+) -> list[int]:
+    """Number of the stratum that each one joins, itself for most.
+
+    One that would have under half a row of a group joins the next lower row class of its geometry: its
+    samples have room there, and would otherwise be drawn far more often than others. rows: of a group; None
+    for as many as there are strata.
+    """
+    joins = list(range(len(per_row)))
+    share = [float(s) for s in shares]
+    rows = rows or len(per_row)
+    while True:
+        left = [c for c, into in enumerate(joins) if c == into]
+        below = {
+            c: [b for b in left if geometries[b] == geometries[c] and per_row[b] < per_row[c]] for c in left
+        }
+        total = sum(share[c] / per_row[c] for c in left)
+        rare = [c for c in left if below[c] and share[c] / per_row[c] * rows < 0.5 * total]
+        if not rare:
+            return joins
+        gone = min(rare, key=lambda c: (share[c] / per_row[c], c))
+        into = max(below[gone], key=lambda b: per_row[b])
+        share[into] += share[gone]
+        joins = [into if j == gone else j for j in joins]
+
+
+def compose(shares: Sequence[float], per_row: Sequence[int], rows: int) -> list[int]:
     """Rows of each stratum in a group, from the share of crops wanted of it and the crops its rows hold."""
-    if rows is None:
-        return [1] * len(shares)
     if rows < len(shares):
         raise UserError(
             f"mixture.rows_per_group is {rows}, but the data hold {len(shares)} kinds of rows "
             f"(geometry and row class) and each needs one; set {len(shares)} or more"
         )
     return largest_remainder([share / k for share, k in zip(shares, per_row)], rows)
+
+
+def share_windows(shares: Sequence[float] | np.ndarray, pieces: Sequence[int], budget: int) -> list[int]:
+    """Shards in the window of each cell of a lane: at least one each, `budget` in all, more for larger shares
+    and no more than the cell has `pieces`.
+    """
+    share, most = np.asarray(shares, dtype=np.float64), np.asarray(pieces)
+    window = np.ones(len(share), dtype=np.int64)
+    for _ in range(min(budget, int(most.sum())) - len(window)):
+        need = np.where(window < most, share / window, -1.0)
+        if need.max() < 0:
+            break
+        window[int(need.argmax())] += 1
+    return window.tolist()
 
 
 def stratum_shares(wanted: np.ndarray, counts: np.ndarray, crops: np.ndarray) -> np.ndarray:
@@ -105,69 +141,17 @@ def stratum_shares(wanted: np.ndarray, counts: np.ndarray, crops: np.ndarray) ->
     room. No share falls below a quarter of where it started, so that no sample is starved for the sake of the
     margins.
     """
-    natural = wanted[:, None] * counts / counts.sum(axis=1, keepdims=True)
-    natural /= natural.sum(axis=0, keepdims=True)
+    natural = wanted[:, None] * counts / _total(counts, 1)[:, None]
+    natural /= _total(natural, 0)
     columns = crops / crops.sum()
     joint = natural * columns
     for _ in range(200):
-        joint *= (wanted / joint.sum(axis=1))[:, None]
-        joint *= columns / joint.sum(axis=0)
+        joint *= (wanted / _total(joint, 1))[:, None]
+        joint *= columns / _total(joint, 0)
     share = np.maximum(joint / columns, natural / 4)
-    return share / share.sum(axis=0, keepdims=True)
+    return share / _total(share, 0)
 
 
-def source_table(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sources of one period, with the window of positions each entry may move in: source, first, last
-    (int32).
-
-    The k-th crop of a source with m in a period of D has to lie at or after floor(k·D/m) and before ceil((k +
-    1)·D/m): then the prefix error is below one crop (Baruah et al., "Proportionate progress", Algorithmica
-    1996). Taking the entry whose window closes first always succeeds, since there is one place a position and
-    the shares sum to one.
-    """
-    present = np.flatnonzero(shares > 0)
-    length = max(PERIOD, 8 * len(present))
-    counts = largest_remainder(shares[present], length)
-    opening: list[tuple[int, int, int]] = []
-    for source, m in zip(present.tolist(), counts):
-        opening += [(k * length // m, -(-(k + 1) * length // m) - 1, source) for k in range(m)]
-    opening.sort()
-    table = np.empty((3, length), dtype=np.int32)
-    ready: list[tuple[int, int, int]] = []
-    at = 0
-    for position in range(length):
-        while at < length and opening[at][0] <= position:
-            first, last, source = opening[at]
-            heapq.heappush(ready, (last, source, first))
-            at += 1
-        last, source, first = heapq.heappop(ready)
-        table[:, position] = source, first, last
-    return table[0], table[1], table[2]
-
-
-def lane_table(
-    source: np.ndarray, first: np.ndarray, last: np.ndarray, seed: int, lane: int, purpose: str
-) -> np.ndarray:
-    """One lane's own table: entries swapped at random inside their windows, so that lanes differ and the
-    bound holds.
-
-    Without it every lane would draw the same source at the same update, and batches would be lumpy.
-    """
-    if (source == source[0]).all():
-        return source
-    entries = np.stack([source, first, last])
-    length = len(source)
-    position = np.arange(length)
-    distances = [d for d in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89) if d < length]
-    for sweep in range(4 * len(distances)):
-        d = distances[sweep % len(distances)]
-        coins = words(seed, lane, f"table:{purpose}:{sweep}", length)
-        offset = int(coins[0] % np.uint64(2 * d))
-        left = np.flatnonzero(
-            (position >= offset) & ((position - offset) % (2 * d) < d) & (position + d < length)
-        )
-        right = left + d
-        free = (entries[2, left] >= right) & (entries[1, right] <= left) & (coins[left] >> np.uint64(63) == 1)
-        i, j = left[free], right[free]
-        entries[:, i], entries[:, j] = entries[:, j], entries[:, i]
-    return entries[0]
+def _total(array: np.ndarray, axis: int) -> np.ndarray:
+    """Sum in the order of the entries: `np.sum` may group them differently on another processor."""
+    return np.cumsum(array, axis=axis).take(-1, axis=axis)

@@ -68,11 +68,14 @@ class Columns:
     def column(self, name: str) -> np.ndarray:
         return self.columns[name]
 
-    def row(self, i: int) -> dict[str, Any]:
+    def value(self, i: int, name: str) -> Any:
+        assert name == "foreground"
         n = int(np.prod(self.columns["shape"][i, 1:]))
-        return {
-            "foreground": [{"class": 1, "layer": 0, "voxels": [0, n // 2, n - 1]}, {"class": 2, "voxels": []}]
-        }
+        return [
+            {"class": 0, "layer": 0, "voxels": [1, n // 3]},
+            {"class": 1, "layer": 0, "voxels": [0, n // 2, n - 1]},
+            {"class": 2, "layer": 0, "voxels": []},
+        ]
 
 
 TOKENS = TokenConfig(slots=512, classes=(1, 4, 16))
@@ -323,7 +326,7 @@ def test_foreground_crops_hold_a_listed_voxel() -> None:
         stored = columns.column("shape")[draw.row, 1:].tolist()
         factors = level_factors(order.composition[draw.spec].geometry, draw.axes)[draw.level]
         held = 0
-        for voxel in columns.row(draw.row)["foreground"][0]["voxels"]:
+        for voxel in columns.value(draw.row, "foreground")[1]["voxels"]:
             place = [v // f for v, f in zip(np.unravel_index(voxel, stored), factors)]
             # The last voxel of a reduced level may be a partial one, which no crop needs to reach.
             held += all(o <= p <= o + e for o, e, p in zip(draw.origin, draw.extent, place))
