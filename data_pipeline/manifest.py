@@ -340,6 +340,9 @@ def _write_columns(parquet: Path | bytes, path: Path) -> None:
                     pa.Table.from_batches([batch]).cast(schema)
                     for batch in source.iter_batches(batch_size=1 << 16, columns=[field.name])
                 )
+                if field.name not in source.schema_arrow.names:  # newer than the dataset
+                    absent = pa.nulls(source.metadata.num_rows, field.type)
+                    parts = iter([pa.table([absent], schema=schema)])
                 if pa.types.is_fixed_size_list(field.type) or pa.types.is_primitive(field.type):
                     parts = iter([pa.concat_tables([schema.empty_table(), *parts]).combine_chunks()])
                 with pa.ipc.new_stream(sink, schema) as writer:

@@ -21,7 +21,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -41,7 +41,7 @@ from data_pipeline.traffic import Meter, Traffic
 
 Batch = TypeVar("Batch")
 LEVELS = ("image", "l1", "l2")
-#: Substitutes tried for one crop before the data count as unusable.
+#: Substitutes tried for one crop, of its source and then of any, before the data count as unusable.
 SUBSTITUTES = 8
 
 
@@ -183,21 +183,30 @@ class _Reader:
         and the faults of those that were not readable.
         """
         faults: list[DamagedSample] = []
-        taken = draw
-        while True:
-            try:
-                crop = self._cut(taken)
-            except DamagedSample as damage:
-                faults.append(damage)
-            else:
+        tried = set()
+        for taken in self._candidates(draw):
+            if taken.row not in tried:
+                tried.add(taken.row)
+                try:
+                    crop = self._cut(taken)
+                except DamagedSample as damage:
+                    faults.append(damage)
+                    continue
                 crop.substituted = bool(faults)
                 return crop, faults
-            if len(faults) > SUBSTITUTES:
-                raise UserError(
-                    f"{faults[0]}, and so are {SUBSTITUTES} others; "
-                    f"run `medfm shards verify {self.manifest.root}`"
-                )
-            taken = self.order.substitute(draw.index, len(faults))
+        raise UserError(
+            f"{faults[0]}, and so are all {len(faults) - 1} others tried in its place; "
+            f"run `medfm shards verify {self.manifest.root}`"
+        )
+
+    def _candidates(self, draw: Draw) -> Iterator[Draw]:
+        """A draw, its substitutes, and, for a source without any, what has its place in the next updates."""
+        yield draw
+        for attempt in range(1, SUBSTITUTES + 1):
+            yield self.order.substitute(draw.index, attempt)
+        for later in range(1, SUBSTITUTES + 1):
+            other = self.order.draw(draw.index + later * self.order.batch_size)
+            yield replace(other, index=draw.index)
 
     def _cut(self, draw: Draw) -> Crop:
         channel = None if self.all_channels else draw.channel
@@ -415,9 +424,10 @@ def open_stream(
     channel, not the drawn one. prefetch: batches a worker prepares ahead. cache: how shards are brought to
     this machine.
 
-    max_damage: share of the crops of this stream that may come from damaged samples: of the last hundred
-    thousand or so, and of at least a thousand. Such a crop is replaced by another of the same source, stratum
-    and lane, counted by sample in `Stream.damage`; each sample is logged once. Above the share, UserError.
+    max_damage: share of the crops of this stream that may come from damaged samples, of the last hundred
+    thousand or so and of at least a thousand; above it, UserError. Such a crop is replaced by another of the
+    same stratum and lane, and of the same source while that has a readable one; it is counted by sample in
+    `Stream.damage`, and each sample is logged once.
     """
     cache, meter = cache or CacheConfig(), Meter()
     files = open_files(root, manifest, cache, meter)

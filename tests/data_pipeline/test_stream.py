@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -19,51 +18,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from stream_samples import NORM, stage, voxels_of, write_dataset
 
 from data_pipeline.errors import UserError
-from data_pipeline.geometry import TokenConfig, geometry_of, level_factors
-from data_pipeline.manifest import FORMAT_VERSION, Manifest, write_manifest
+from data_pipeline.geometry import TokenConfig, level_factors
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order, lanes_of
-from data_pipeline.place import Place
 from data_pipeline.schedule import MixtureConfig
-from data_pipeline.shard_writer import Piece, ShardPlan, Staged, write_shard
-from data_pipeline.storage import block_mean, chunk_shape, encode
+from data_pipeline.storage import block_mean
 from data_pipeline.stream import Crop, Stream, open_stream
-
-NORM = [1.0, 0.0, -1024.0, 3071.0, -200.0, 500.0, 0.0]
-
-
-def voxels_of(number: int, shape: tuple[int, ...]) -> np.ndarray:
-    """A volume whose every voxel tells which volume, channel and place it is."""
-    c, z, y, x = np.indices(shape)
-    return ((number * 7919 + c * 4001 + z * 1009 + y * 101 + x * 13) % 30000).astype(np.int16)
-
-
-def stage(root: Path, number: int) -> Staged:
-    generator = np.random.default_rng(number)
-    shape = (2, *(int(n) for n in generator.integers(20, 70, 3)))
-    spacing = (1.0, 4.0, 1.0) if number % 3 == 1 else (1.0, 1.0, 1.0)
-    modality = "MR" if number % 2 else "CT"
-    kind, axes = geometry_of(shape[1:], spacing)
-    image = voxels_of(number, shape)
-    arrays = {"image": image, "l1": block_mean(image, level_factors(kind, axes)[1])}
-    arrays["seg"] = (image[:1] % 5).astype(np.uint8)
-    frames = {}
-    for name, array in arrays.items():
-        frames[name] = root / f"{number}.{name}"
-        frames[name].write_bytes(encode(array, chunk_shape(array.shape, kind, axes)))
-    row: dict[str, Any] = {
-        "key": f"{number:08x}", "split": "train", "source": "a", "subject": f"s{number}",
-        "modality": modality,
-        "modalities": [modality, "PT"], "channels": ["x", "y"], "geometry": kind, "axes": list(axes),
-        "shape": list(shape), "spacing": list(spacing), "spacing_source": "header", "dtype": "int16",
-        "max_error": 0.0, "levels": [list(f) for f in level_factors(kind, axes)[:2]], "norm": [NORM, NORM],
-        "content_hash": f"{number:032x}",
-        "label_origin": "human", "annotated": ["organ"],
-        "classes": ["organ"],
-        "foreground": [{"class": 1, "layer": 0, "voxels": [100]}], "valid_fraction": 1.0,
-    }  # fmt: skip
-    return Staged(row, {"key": row["key"]}, {name: Piece.of(path) for name, path in frames.items()})
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("shards")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDFM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        rows, entries = [], []
-        for first in range(0, 24, 4):
-            samples = tuple(stage(folder, n) for n in range(first, first + 4))
-            shard = write_shard(ShardPlan(f"train-{first:06d}.tar", samples), Place(folder), folder)
-            entries.append(shard.entry)
-            rows += shard.rows
-        digest = write_manifest(rows, folder / "manifest.parquet")
-        info = {
-            "format_version": FORMAT_VERSION,
-            "labels": {"1": "organ"},
-            "shards": entries,
-            "manifest_sha256": digest,
-        }
-        (folder / "dataset.json").write_text(json.dumps(info))
+        write_dataset(folder, [stage(folder, n) for n in range(24)], 4)
         yield folder
 
 
