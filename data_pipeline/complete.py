@@ -307,7 +307,7 @@ def _notes(
         "labels added from duplicates": labels["added"],
         "label conflicts between duplicates": labels["conflict"],
         "spacing assumed from a field width": sum(r["spacing_source"] == "assumed" for r in rows),
-        "spacing declared by the recipe": sum(r["spacing_source"] == "declared" for r in rows),
+        "spacing declared, not in the header": sum(r["spacing_source"] == "declared" for r in rows),
         "stored with an error (max_error in the manifest)": sum(r["max_error"] > 0 for r in rows),
         "stored as float32": sum(r["dtype"] == "float32" for r in rows),
         "labelled": sum(r["seg_size"] > 0 for r in rows),

@@ -11,6 +11,7 @@ from data_pipeline.layouts import Case, Discovery, label_for, stem
 from data_pipeline.locations import TABLES, Location, files_below, relative
 from data_pipeline.readers import DICOM, is_image
 from data_pipeline.sources import SourceConfig
+from data_pipeline.tar_members import is_archive
 
 HEADERS = (".hdr", ".mhd", ".nhdr")  # beside which a file of voxels lies
 #: Kinds of files beside images, by which they are counted; any other suffix may identify.
@@ -26,6 +27,8 @@ BESIDE = {
 def detect(src: SourceConfig) -> str:
     """The layout of ``src.path``."""
     if src.path.is_file():
+        if is_archive(src.path):
+            return "webdataset"
         if src.path.suffix.lower() in TABLES:
             return "table"
         return "dicom" if claims_dicom(src.path) else "folder"
@@ -42,7 +45,9 @@ def detect(src: SourceConfig) -> str:
     files = image_files(src)
     if any(is_image(path) and not path.name.lower().endswith(DICOM) for path in files):
         return "folder"
-    return "dicom" if any(claims_dicom(path) for path in files) else "folder"
+    if any(claims_dicom(path) for path in files):
+        return "dicom"
+    return "webdataset" if any(is_archive(path) for path in files_below(src.path)) else "folder"
 
 
 def folder(find: Discovery) -> list[Case]:

@@ -18,7 +18,7 @@ from data_pipeline.privacy import KeyedHash
 from data_pipeline.quiet import quiet_libraries
 from data_pipeline.readers import MEASURED_BY, SUFFIXES, companions, read_all, read_channels
 from data_pipeline.sources import SourceConfig, has_wildcards, matches, substitute
-from data_pipeline.volume import Volume
+from data_pipeline.volume import Triple, Volume
 
 #: (function, list of argument tuples) -> results in order: how header reading is spread over processes.
 Each: TypeAlias = Callable[[Callable[..., Any], list[tuple[Any, ...]]], list[Any]]
@@ -35,7 +35,8 @@ class Case:
     background. ``series`` tells the DICOM series of one subject apart (by UID) and ``files`` are its slices.
     ``sequence`` is the MR sequence where a dataset file or the recipe says it. ``dicom_labels`` are the
     RTSTRUCT and SEG files that refer to the series. ``refused`` is set where discovery can tell already that
-    the input is no image; it is to be quarantined, not read.
+    the input is no image; it is to be quarantined, not read. ``spacing`` (z, y, x) mm is what a file beside
+    the image says, for formats that state none.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Case:
     sequence: str = ""
     dicom_labels: tuple[DicomLabel, ...] = ()
     refused: Quarantined | None = None
+    spacing: Triple | None = None
 
 
 @dataclass
@@ -88,7 +90,14 @@ def discover(
     """
     if not _exists(src.path):
         raise UserError(f"{shown(src.path)}: no such file or folder; check the path of source {src.name!r}")
-    from data_pipeline import layout_bids, layout_described, layout_dicom, layout_folder, layout_table
+    from data_pipeline import (
+        layout_bids,
+        layout_described,
+        layout_dicom,
+        layout_folder,
+        layout_table,
+        layout_webdataset,
+    )
 
     finders: dict[str, Callable[[Discovery], list[Case]]] = {
         "msd": layout_described.msd,
@@ -97,6 +106,7 @@ def discover(
         "table": layout_table.table,
         "folder": layout_folder.folder,
         "dicom": layout_dicom.dicom_tree,
+        "webdataset": layout_webdataset.webdataset,
     }
     find = Discovery(src, each, hashes, notes)
     layout = layout_folder.detect(src) if src.layout == "auto" else src.layout
@@ -137,7 +147,7 @@ def _read_local(case: Case, src: SourceConfig, seed: int) -> list[Volume]:
             case.images,
             modality=case.modality or None,
             channel_names=case.channel_names,
-            spacing=src.spacing,
+            spacing=src.spacing or case.spacing,
             field_mm=src.field_mm,
             accept_no_form=src.accept_no_form,
             units=case.units,
@@ -152,7 +162,7 @@ def _read_local(case: Case, src: SourceConfig, seed: int) -> list[Volume]:
         more_frames=src.more_frames,
         seed=seed,
         modality=case.modality[0] if case.modality else None,
-        spacing=src.spacing,
+        spacing=src.spacing or case.spacing,
         field_mm=src.field_mm,
         accept_no_form=src.accept_no_form,
         units=case.units,
@@ -346,22 +356,22 @@ def _units(src: SourceConfig, case: Case, modality: object) -> str | None:
 def _assign_subjects(src: SourceConfig, cases: list[Case]) -> list[Case]:
     if src.subjects is not None:
         groups = _subjects_table(src.subjects)
-        missing = [c.name for c in cases if c.name not in groups]
+        missing = [c.name for c in cases if c.name not in groups and c.refused is None]
         if missing:
             raise UserError(
                 f"{shown(src.subjects)}: {len(missing)} of {len(cases)} cases are not listed, "
                 f"first {missing[0]!r}"
             )
-        return [replace(c, subject=groups[c.name]) for c in cases]
+        return [replace(c, subject=groups.get(c.name, c.subject)) for c in cases]
     if src.subject_pattern is not None:
         pattern = re.compile(src.subject_pattern)
         found = [pattern.search(relative(c.images[0], src.path)) for c in cases]
-        if None in found:
-            bad = cases[found.index(None)].images[0]
+        bad = next((c.images[0] for c, m in zip(cases, found) if m is None and c.refused is None), None)
+        if bad is not None:
             raise UserError(
                 f"{shown(bad)}: subject_pattern {src.subject_pattern!r} of source {src.name!r} does not match"
             )
-        return [replace(c, subject=m.group(1)) for c, m in zip(cases, found) if m is not None]
+        return [c if m is None else replace(c, subject=m.group(1)) for c, m in zip(cases, found)]
     # Where file names repeat from folder to folder (S1/ct, S2/ct), the folder is the subject; else the file
     # is.
     names = Counter(c.name for c in cases if not c.subject)

@@ -30,7 +30,7 @@ def _written(place: Path | UPath) -> Path | str:
 
 
 Place = Annotated[InstanceOf[Path] | InstanceOf[UPath], BeforeValidator(location), PlainSerializer(_written)]
-Layout = Literal["auto", "msd", "nnunet", "bids", "table", "folder", "dicom"]
+Layout = Literal["auto", "msd", "nnunet", "bids", "table", "folder", "dicom", "webdataset"]
 
 
 class SourceConfig(BaseModel):
@@ -43,7 +43,7 @@ class SourceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     path: Place = Field(
-        description="folder, file or table (.csv, .tsv, .parquet); a local path or an address like s3://bucket/x"
+        description="folder, file, table (.csv, .tsv, .parquet) or .tar; a local path or an address like s3://bucket/x"
     )
     name: str = Field(
         "source", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="short name in manifest and reports"

@@ -207,7 +207,7 @@ def _add_shards(p: argparse.ArgumentParser) -> None:
     b.add_argument("--split", metavar="TRAIN,VAL,TEST", help="shares of the subjects; default 0.8,0.1,0.1")
     b.add_argument("--shard-samples", type=int, metavar="N", help="most samples in a shard; default 64")
     b.add_argument("--modality", choices=MODALITIES, help="of images that do not say")
-    b.add_argument("--layout", choices=["auto", "msd", "nnunet", "bids", "table", "folder", "dicom"])
+    b.add_argument("--layout", choices=["auto", "msd", "nnunet", "bids", "table", "folder", "dicom", "webdataset"])
     b.add_argument("--spacing", metavar="MM[,MM[,MM]]", help="z,y,x or y,x, of files that state none")
     b.add_argument(
         "--field-mm", type=float, metavar="MM", help="width of a picture whose spacing is not known"
