@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import webdataset as wds
 
+from data_pipeline.batch_slots import BatchSlots, Packed
 from data_pipeline.damage import DamageCount
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
@@ -163,6 +164,15 @@ class _Reader:
             batch = self.collate(work.update, work.group, crops)
             yield _Done(batch, len(crops), item.replaced, item.faults, drawn, self.meter.take())
 
+    def send(
+        self, slots: BatchSlots, source: Iterator[_Done[Any] | _Failed]
+    ) -> Iterator[_Done[Any] | _Failed]:
+        """Stage of a worker process: batches in memory that both processes map."""
+        here = torch.utils.data.get_worker_info()
+        worker = 0 if here is None else here.id
+        for item in source:
+            yield item if isinstance(item, _Failed) else replace(item, batch=slots.pack(worker, item.batch))
+
     def _group(self, work: Work) -> _Read:
         draws = [] if work.group is None else self.order.group_draws(work.update, work.group)
         crops, replaced, new = [], [], []
@@ -252,8 +262,15 @@ class Stream(Generic[Batch]):
     samples have come round (the largest `Draw.repeat`); `traffic`, what reading them cost.
     """
 
-    def __init__(self, pipeline: wds.DataPipeline, workers: int, prefetch: int, damage: DamageCount) -> None:
-        self._damage = damage
+    def __init__(
+        self,
+        pipeline: wds.DataPipeline,
+        workers: int,
+        prefetch: int,
+        damage: DamageCount,
+        slots: BatchSlots | None,
+    ) -> None:
+        self._damage, self._slots = damage, slots
         self.drawn: dict[str, int] = {}
         self.epochs: dict[str, int] = {}
         self.traffic = Traffic()
@@ -312,6 +329,9 @@ class Stream(Generic[Batch]):
             self.drawn[source] = self.drawn.get(source, 0) + crops
             self.epochs[source] = max(self.epochs.get(source, 0), epoch)
         self.traffic += item.traffic
+        if isinstance(item.batch, Packed) and self._slots is not None:
+            unpacked: Batch = self._slots.unpack(item.batch)
+            return unpacked
         return item.batch
 
     @property
@@ -354,7 +374,7 @@ class Stream(Generic[Batch]):
         """End the workers; a second call does nothing."""
         self._end()
         atexit.unregister(self._end)
-        self._items = None
+        self._items = self._slots = None
 
     def __enter__(self) -> Stream[Batch]:
         return self
@@ -419,7 +439,8 @@ def open_stream(
     order.
 
     collate: `(update, group, crops) -> batch`, run in the worker; `(update, None, [])` where this rank has no
-    group for a micro-step. Batches cross from workers through shared memory if they hold torch tensors.
+    group for a micro-step. Arrays and tensors of a batch cross from workers in shared memory, which is used
+    again when none of them is left.
     with_seg: read labels too (level 0 only, so with an order that has a window). all_channels: read every
     channel, not the drawn one. prefetch: batches a worker prepares ahead. cache: how shards are brought to
     this machine.
@@ -436,6 +457,11 @@ def open_stream(
     stages: list[Any] = [_Source(lanes_of(rank, world, order.groups), start_update)]
     if isinstance(files, CachedFiles):
         stages.append(Prefetch(files, order, cache.lookahead, part_of(cache, workers)))
+    stages += [reader.read, reader.assemble]
+    slots = None
+    if workers and hasattr(os, "memfd_create"):  # Linux
+        slots = BatchSlots(workers, prefetch + 2)  # the consumer holds one while it takes the next
+        stages.append(partial(reader.send, slots))
     damage = DamageCount(max_damage, manifest.root)
     manifest.release()  # of what the order read
-    return Stream(wds.DataPipeline(*stages, reader.read, reader.assemble), workers, prefetch, damage)
+    return Stream(wds.DataPipeline(*stages), workers, prefetch, damage, slots)
