@@ -133,7 +133,7 @@ class BlockFolder:
                 return True
             try:
                 if not self._reserve(fd, size):
-                    self._say("room", f"no room for {size / 1e6:.1f} MB, read past it: raise data.cache.gb")
+                    self.say("room", f"no room for {size / 1e6:.1f} MB, read past it: raise data.cache.gb")
                     return False
                 write(fd)
                 with _disk(), self._ledger():
@@ -152,10 +152,10 @@ class BlockFolder:
         return self.folder / f"{name}{BLOCK}"
 
     def _disk_failed(self, fault: DiskFault) -> bool:
-        self._say("disk", f"the cache cannot be written ({fault.reason}); shards are read past it")
+        self.say("disk", f"the cache cannot be written ({fault.reason}); shards are read past it")
         return False
 
-    def _say(self, kind: str, text: str) -> None:
+    def say(self, kind: str, text: str) -> None:
         """Log once a process, and once a run of this machine: 10 minutes pass or `prepare` is called."""
         if kind in self._said:
             return
@@ -197,7 +197,7 @@ class BlockFolder:
             less = self._make_room(0, min(used - size, int(used * (1 - SLACK))))
             self._note(ledger, less)
         if less < used:
-            self._say(
+            self.say(
                 "full", f"the disk is full with {used / 1e9:.1f} GB in the cache, less than data.cache.gb; "
                 "older blocks make room"
             )  # fmt: skip
@@ -227,7 +227,7 @@ class BlockFolder:
             used -= length
             self.meter.add(evicted=1, evicted_unused=int(unused))
             if unused:
-                self._say(
+                self.say(
                     "unused",
                     "blocks are deleted before they are read: data.cache.gb is too small for what is read at "
                     "a time; raise it, or lower data.cache.lookahead",

@@ -37,6 +37,7 @@ BELIEVED_S = 3600.0  # for which damage at the source is not looked at again
 TOUCH_S = 10.0
 OPEN_BLOCKS = 16
 REMEMBERED = 1024  # downloads of this process among which one of the same block counts as a repetition
+SMALL = 8  # repetitions after which the cache counts as too small
 
 
 class CacheConfig(BaseModel):
@@ -262,6 +263,12 @@ class CachedFiles:
         self._fetched[at] = None
         if len(self._fetched) > REMEMBERED:
             self._fetched.popitem(last=False)
+        if self.meter.total.refetched >= SMALL:
+            self.folder.say(
+                "twice",
+                "blocks are fetched again soon after they were deleted: what is read at a time does not fit "
+                "data.cache.gb; raise it",
+            )
 
     def _copy(self, shard: str, start: int, end: int, base: int, fd: int) -> None:
         for at in range(start, end, PART):
