@@ -17,7 +17,7 @@ class Cell:
     A range is cut into pieces of `piece` samples, about what one shard holds. An epoch permutes the pieces
     and shuffles the samples of each `window` consecutive ones; the odd samples at both ends of the range,
     less than a piece each, join a window drawn anew each epoch. Any place of any epoch is found in constant
-    time, and nothing is kept but `rows` (int32, ascending).
+    time, and nothing is kept but `rows` (int32, in the order of `deal.py`).
     """
 
     def __init__(self, rows: np.ndarray, piece: int, groups: int, window: int, seed: int, name: str) -> None:

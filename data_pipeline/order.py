@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.crops import MAX_RESIDUAL, Box, Floats, window_box, zoomed_box
+from data_pipeline.deal import dealing
 from data_pipeline.epochs import Cell, samples_per_shard
 from data_pipeline.errors import UserError
 from data_pipeline.geometry import PATCH, TokenConfig, Triple, largest_box
@@ -335,16 +336,24 @@ class Order:
         rows, shard = rows[by_cell], shard[by_cell]
         there = np.flatnonzero(self.counts.ravel())
         parts = [part for part in np.split(rows, ends) if len(part)]
-        pieces = [samples_per_shard(part) for part in np.split(shard, ends) if len(part)]
+        shards = [part for part in np.split(shard, ends) if len(part)]
+        pieces = [samples_per_shard(part) for part in shards]
         per_lane = [-(-len(part) // (self.groups * piece)) for part, piece in zip(parts, pieces)]
         windows = share_windows(self._table.cells.ravel()[there], per_lane, self.mixture.window_shards)
         cells = {}
-        for number, part, piece, window in zip(there.tolist(), parts, pieces, windows):
+        for number, part, own, piece, window in zip(there.tolist(), parts, shards, pieces, windows):
             s, c = divmod(number, len(self.composition))
+            if self.groups > 1:
+                part = part[dealing(own, _first_bytes(self.manifest, part), self.groups)]
             spec = self.composition[c]
             name = f"{self.sources[s]}:{spec.geometry}:{spec.k}"
             cells[s, c] = Cell(part, piece, self.groups, window, self.seed, name)
         return cells
+
+    def epoch_updates(self) -> dict[tuple[int, int], float]:
+        """Updates in which every sample of a cell is drawn once; keys as in `cells`."""
+        rate = self._table.cells / self._table.length * self.batch_size / self.mixture.crops_per_volume
+        return {at: len(rows) / float(rate[at]) for at, rows in self.cells()}
 
     def describe(self) -> str:
         """What a group holds, what rounding did to the weights, and how often samples come round."""
@@ -366,9 +375,7 @@ class Order:
             f"share, within {_up(table.group_bound)} after each group (shares in steps of 1/{table.length})",
             "epoch of a source: each of its samples once, kind of row by kind of row",
         ]
-        # Samples an update of each cell, and the updates in which each is drawn once.
-        rate = table.cells / table.length * self.batch_size / self.mixture.crops_per_volume
-        updates = {at: len(cell.rows) / rate[at] for at, cell in sorted(self._cells.items())}
+        updates = self.epoch_updates()
         slowest = max(updates.values())
         for s, name in enumerate(self.sources):
             if self.wanted[s] == 0:
@@ -427,6 +434,14 @@ def _kinds(manifest: Columns, rows: np.ndarray) -> np.ndarray:
             f"manifest: geometry {unknown[0]!r} is not one of {', '.join(KINDS)}; build the dataset again"
         )
     return np.array([KINDS.index(name) for name in found], dtype=np.uint8)[codes]
+
+
+def _first_bytes(manifest: Columns, rows: np.ndarray) -> np.ndarray:
+    """Where each sample begins in its shard, in bytes; 0 for a manifest that does not say."""
+    try:
+        return manifest.column("json_offset")[rows]
+    except KeyError:
+        return np.zeros(len(rows), np.int64)
 
 
 def _level_columns(manifest: Columns) -> list[np.ndarray]:
