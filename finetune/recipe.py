@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from data_pipeline.order import MixtureConfig
+from data_pipeline.shard_cache import CacheConfig
 from engine.recipe import EngineConfig, Frozen
 from finetune.promptable import HeadConfig
 from model.config import EncoderConfig
@@ -18,7 +19,11 @@ FREE: Any = {"free": True}  # changes no weight of the trained network
 class DataConfig(Frozen):
     """Where the labelled shards are and which of them are used."""
 
-    root: str = Field("", json_schema_extra=FREE, description="folder that `medfm shards build` wrote")
+    root: str = Field(
+        "",
+        json_schema_extra=FREE,
+        description="folder that `medfm shards build` wrote, or its address (s3://…, https://…)",
+    )
     split: str = Field("train", description="split to train on")
     held_out: str = Field("val", description="split of the evaluation during the run; never trained on")
     sources: tuple[str, ...] = Field((), description="use these sources only (none given: all)")
@@ -29,6 +34,9 @@ class DataConfig(Frozen):
     case_seed: int = Field(0, ge=0, description="seed of that draw")
     max_damage: float = Field(
         0.01, ge=0, le=1, description="end the run at a higher share of damaged samples"
+    )
+    cache: CacheConfig = Field(
+        CacheConfig(), json_schema_extra=FREE, description="copies of shards on a local disk"
     )
 
 

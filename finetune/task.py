@@ -120,6 +120,7 @@ class FinetuneTask:
                 with_seg=True,
                 all_channels=True,
                 max_damage=self._recipe.data.max_damage,
+                cache=self._recipe.data.cache,
             ),
         )
 

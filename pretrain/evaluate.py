@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import MixtureConfig, Order
+from data_pipeline.shard_cache import CacheConfig
 from data_pipeline.stream import Stream, open_stream
 from pretrain.baselines import baseline_errors
 from pretrain.batch import MODALITIES, Batch, Collate, RowBlock, to_device
@@ -44,6 +45,7 @@ class HeldOut:
         depth: encoder blocks.
         config: how many crops, and their seed.
         dtype: voxel dtype of the run.
+        cache: how shards are brought to this machine.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class HeldOut:
         depth: int,
         config: EvaluationConfig,
         dtype: str,
+        cache: CacheConfig,
     ) -> None:
-        self.manifest, self.config, self.objective = manifest, config, objective
+        self.manifest, self.config, self.objective, self.cache = manifest, config, objective, cache
         held_out = held_out_mixture(mixture, manifest, rows)
         self.order = Order(manifest, rows, tokens, held_out, config.seed)
         self.collate = Collate(
@@ -80,7 +83,7 @@ class HeldOut:
         self.pictures = []
         stream: Stream[Batch] = open_stream(
             self.manifest.root, self.manifest, self.order, rank=rank, world=world, start_update=0, workers=0,
-            collate=self.collate, max_damage=1.0,
+            collate=self.collate, max_damage=1.0, cache=self.cache,
         )  # fmt: skip
         was_training = model.training
         model.eval()  # no drop-path; masking does not depend on the mode

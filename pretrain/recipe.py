@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.order import MixtureConfig
+from data_pipeline.shard_cache import CacheConfig
 from engine.recipe import EngineConfig, Frozen, free
 from model.config import EncoderConfig
 
@@ -17,7 +18,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class DataConfig(Frozen):
     """Where the shards are and which of them are used."""
 
-    root: str = free("", "folder that `medfm shards build` wrote")
+    root: str = free("", "folder that `medfm shards build` wrote, or its address (s3://…, https://…)")
     split: str = Field("train", description="split to train on")
     held_out: str = free("val", "split of the evaluation; its samples are never trained on")
     sources: tuple[str, ...] = Field((), description="use these sources only (none given: all)")
@@ -26,6 +27,7 @@ class DataConfig(Frozen):
     max_damage: float = Field(
         0.01, ge=0.0, le=1.0, description="end the run at a higher share of damaged samples"
     )
+    cache: CacheConfig = free(CacheConfig(), "copies of shards on a local disk")
 
 
 class AugmentConfig(Frozen):

@@ -65,6 +65,7 @@ class PretrainTask:
                 depth,
                 recipe.evaluation,
                 dtype,
+                recipe.data.cache,
             )
             if len(held_out)
             else None
@@ -80,7 +81,7 @@ class PretrainTask:
             open_stream(
                 self.manifest.root, self.manifest, self.order, rank=rank, world=world,
                 start_update=start_update, workers=self._recipe.engine.workers, collate=self.collate,
-                max_damage=self._recipe.data.max_damage,
+                max_damage=self._recipe.data.max_damage, cache=self._recipe.data.cache,
             )
         )  # fmt: skip
 
@@ -167,8 +168,10 @@ def select_rows(manifest: Manifest, data: DataConfig, split: str, may_be_empty: 
                 f"data.sources: no source {name!r} in {data.root}; it holds {', '.join(sorted(every))}"
             )
     rows = manifest.select(split=split)
-    source, subject = manifest.column("source")[rows], manifest.column("subject")[rows]
-    keep = ~np.isin(source, data.exclude_sources) & ~np.isin(subject, data.exclude_subjects)
+    source = manifest.column("source")[rows]
+    keep = ~np.isin(source, data.exclude_sources)
+    if data.exclude_subjects:
+        keep &= ~np.isin(manifest.column("subject")[rows], data.exclude_subjects)
     if data.sources:
         keep &= np.isin(source, data.sources)
     if not keep.any() and not may_be_empty:
