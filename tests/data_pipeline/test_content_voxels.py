@@ -12,9 +12,12 @@ from scan_files import phantom, write_nifti
 
 from data_pipeline.build import build
 from data_pipeline.content_voxels import CONTENT, COUNT, content_voxels
+from data_pipeline.geometry import TokenConfig
 from data_pipeline.inspect import inspect
 from data_pipeline.manifest import Manifest
+from data_pipeline.order import Order
 from data_pipeline.quantise import Stored, quantise
+from data_pipeline.schedule import MixtureConfig
 from data_pipeline.sources import SourceConfig
 from data_pipeline.storage import ShardReader
 from data_pipeline.volume import Channel
@@ -164,10 +167,12 @@ def test_content_of_any_channel_valid_in_all() -> None:
 def test_every_sample_of_a_build_has_it_labelled_ones_beside_their_classes(tmp_path: Path) -> None:
     for n in range(3):
         write_nifti(tmp_path / f"in/p{n}_img.nii.gz", phantom(n))
-    write_nifti(tmp_path / "in/p0_lab.nii.gz", (phantom(0) > 60).astype(np.uint8))
+    bone, air = np.zeros((2, *phantom(0).shape), np.uint8)
+    bone[4:7, 4:7, 2:5] = air[:3, :3, :3] = 1  # in a corner: most content is far from either
+    write_nifti(tmp_path / "in/p0_lab.nii.gz", bone)
     write_nifti(tmp_path / "in/copy_img.nii.gz", phantom(0))  # one image, a second label of another name
     write_nifti(tmp_path / "other/copy_img.nii.gz", phantom(0))
-    write_nifti(tmp_path / "other/copy_lab.nii.gz", (phantom(0) < -500).astype(np.uint8))
+    write_nifti(tmp_path / "other/copy_lab.nii.gz", air)
     sources = [
         SourceConfig(
             path=tmp_path / folder, name=folder, modality="CT", include=("*_img.nii.gz",),
@@ -190,5 +195,13 @@ def test_every_sample_of_a_build_has_it_labelled_ones_beside_their_classes(tmp_p
         assert len(row["classes"]) == len(classes)
     assert sorted(listed.values()) == [[], [], [1, 2]]
     assert "bone, air" in inspect(tmp_path / "o").text()
+    tokens, mixture = TokenConfig(slots=64, classes=(1,)), MixtureConfig(foreground=1.0)
+    order = Order(manifest, np.arange(3), tokens, mixture, 0, (4, 4, 4))
+    for draw in map(order.draw, range(200)):
+        row = manifest.row(draw.row)
+        wanted = [entry for entry in row["foreground"] if entry["class"] > 0] or row["foreground"]
+        at = np.stack(np.unravel_index(np.concatenate([e["voxels"] for e in wanted]), row["shape"][1:]), 1)
+        inside = (at >= draw.origin) & (at < np.add(draw.origin, draw.extent))
+        assert inside.all(axis=1).any()
     for key in listed:
         assert inspect(tmp_path / "o", key).png.startswith(b"\x89PNG")
