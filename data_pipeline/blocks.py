@@ -1,8 +1,9 @@
 """Blocks: the pieces in which a shard is fetched from a store, whole samples that lie together.
 
-A shard is divided into stripes of `STRIPE` bytes; a block holds the samples that begin in one stripe. A large
+A shard is divided into stripes of equal length; a block holds the samples that begin in one stripe. A large
 sample is a block by itself, small ones travel together, and every process finds the same blocks in the
-manifest alone.
+manifest alone. The order deals runs of whole stripes of `STRIPE` bytes to the lanes, and stripes are never
+wider.
 """
 
 from __future__ import annotations
@@ -17,7 +18,19 @@ import numpy as np
 from data_pipeline.manifest import MEMBERS, Manifest
 
 STRIPE = 8 << 20
+LEAST_STRIPE = 1 << 18
 SHARDS = 256  # whose blocks are kept, 64 bytes a block
+
+
+def stripe_of(manifest: Manifest) -> int:
+    """Bytes of a dataset's stripes: about a sixteenth of its mean shard, a power of two up to `STRIPE`.
+
+    A window of shards is read in blocks, and those that reach across its edges are read for another window or
+    node too: blocks have to be small beside a shard.
+    """
+    shards = manifest.info.get("shards") or [{"size": 16 * STRIPE}]
+    wanted = sum(shard["size"] for shard in shards) // (16 * len(shards))
+    return min(STRIPE, max(LEAST_STRIPE, 1 << max(0, wanted.bit_length() - 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +52,8 @@ class Blocks:
     """Finds the block of a sample. Holds views of the mapped manifest and the blocks of the last few shards;
     copies of it in other processes share the map."""
 
-    def __init__(self, manifest: Manifest, stripe: int = STRIPE) -> None:
-        self._manifest, self._stripe = manifest, stripe
+    def __init__(self, manifest: Manifest, stripe: int | None = None) -> None:
+        self._manifest, self._stripe = manifest, stripe or stripe_of(manifest)
         self._members = [(manifest.column(f"{m}_offset"), manifest.column(f"{m}_size")) for m in MEMBERS]
         self._shards: OrderedDict[str, list[Block]] = OrderedDict()
 
