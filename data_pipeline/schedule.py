@@ -29,7 +29,9 @@ class MixtureConfig(BaseModel):
     scale: tuple[float, float] = Field(
         (0.5, 4.0), description="range of an output voxel in native voxels, drawn log-uniform"
     )
-    foreground: float = Field(0.0, ge=0.0, le=1.0, description="share of crops placed over a labelled voxel")
+    foreground: float = Field(
+        0.0, ge=0.0, le=1.0, description="share of crops over a labelled voxel; without labels, over no air"
+    )
     groups: int = Field(8, ge=1, description="groups of a batch, which is the largest useful number of ranks")
     rows_per_group: int | None = Field(
         None, ge=1, description="rows of a group; none: as many as there are kinds of rows"
