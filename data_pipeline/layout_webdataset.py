@@ -7,9 +7,11 @@ Specification"). Archives are listed here and never unpacked: a member is fetche
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -18,13 +20,15 @@ from data_pipeline.channel_words import modality_of, sequence_of, words_of
 from data_pipeline.errors import Quarantined, UserError, shown
 from data_pipeline.layout_folder import BESIDE
 from data_pipeline.layouts import Case, Discovery
-from data_pipeline.locations import Location, files_below, relative, store_errors
+from data_pipeline.locations import Location, files_below, is_remote, relative, store_errors
+from data_pipeline.quiet import quiet_libraries
 from data_pipeline.readers import DICOM, ITK, NIFTI, NUMPY, PICTURES
 from data_pipeline.sources import SourceConfig
 from data_pipeline.tar_members import Listing, TarMember, is_archive, members
 from data_pipeline.volume import Triple
 
 KEY = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)")
+DICOM_START = 1 << 20  # bytes in which a patient is named
 DETACHED = (".hdr", ".img", ".nhdr", ".mhd")  # a header whose voxels are in another file
 SINGLE = tuple(s for s in (*NIFTI, *ITK, *PICTURES, *NUMPY, *DICOM) if s not in DETACHED)
 IMAGE_WORDS = {"image", "images", "img", "input", "scan", "volume", "vol", "data"}
@@ -82,28 +86,57 @@ def webdataset(find: Discovery) -> list[Case]:
     listed = find.each(list_shard, arguments) if find.each else [list_shard(shard) for shard in shards]
     cases: list[Case] = []
     unused: set[str] = set()
-    for shard, listing in zip(shards, listed):
-        cases += _Shard(find, shard, listing, unused).cases()
+    for shard, (listing, patients) in zip(shards, listed):
+        cases += _Shard(find, shard, listing, patients, unused).cases()
     find.count("kinds of fields in KEY.json not used", len(unused))
     return cases
 
 
-def list_shard(shard: Location) -> Listing:
-    """The members of an archive and its JSON; one that cannot be opened is an empty listing with damage."""
+@quiet_libraries()
+def list_shard(shard: Location) -> tuple[Listing, dict[str, str]]:
+    """The members of an archive with its JSON, and the PatientID of each DICOM member. An archive that cannot
+    be opened is an empty listing with damage."""
     try:
-        with store_errors(shard):
-            return members(shard, lambda name: name.endswith(".json"))
+        with store_errors(shard) if is_remote(shard) else nullcontext():
+            listing = members(shard, lambda name: name.endswith(".json"))
+            return listing, {m.member: _patient(m) for m in listing.members if _is_dicom(m)}
     except FileNotFoundError:
-        return Listing([], {}, Quarantined("missing", "", shard))
+        return Listing([], {}, Quarantined("missing", "", shard)), {}
     except OSError as error:
-        return Listing([], {}, Quarantined("unreadable", type(error).__name__, shard))
+        return Listing([], {}, Quarantined("unreadable", type(error).__name__, shard)), {}
+
+
+def _is_dicom(member: TarMember) -> bool:
+    return member.name.lower().endswith(DICOM)
+
+
+def _patient(member: TarMember) -> str:
+    from pydicom import dcmread
+
+    if member.fault is not None:
+        return ""
+    try:
+        with member.open() as file:
+            start = io.BytesIO(file.read(DICOM_START))
+        header = dcmread(start, stop_before_pixels=True, specific_tags=["PatientID"])
+        return str(header.get("PatientID", "") or "").strip()
+    except Exception:  # the case is refused when it is read, with its reason
+        return ""
 
 
 class _Shard:
     """One archive: its samples, and what becomes of each."""
 
-    def __init__(self, find: Discovery, shard: Location, listing: Listing, unused: set[str]) -> None:
-        self.find, self.src, self.shard, self.listing, self.unused = find, find.src, shard, listing, unused
+    def __init__(
+        self,
+        find: Discovery,
+        shard: Location,
+        listing: Listing,
+        patients: Mapping[str, str],
+        unused: set[str],
+    ) -> None:
+        self.find, self.src, self.shard, self.listing = find, find.src, shard, listing
+        self.patients, self.unused = patients, unused
         self.samples: dict[str, _Sample] = {}
         last = None
         for member in listing.members:
@@ -226,7 +259,7 @@ class _Shard:
         rel = relative(place, self.src.path)
         stated = modality_of(what) or modality_of(about.modality)
         modality = self.src.modality_of(rel) or stated
-        if modality is None and not member.name.lower().endswith(DICOM):
+        if modality is None and not _is_dicom(member):
             raise UserError(
                 f"{shown(place)}: neither its JSON nor source {self.src.name!r} says what kind of image this "
                 "is; state modality: CT, MR, XR or PT, or modality: {glob: CT, ...} where they differ"
@@ -239,7 +272,9 @@ class _Shard:
             self.src.name,
             (place,),
             None if label is None else _place(label),
-            about.subject or (f"{split}/{sample.key}" if split else sample.key),
+            about.subject
+            or self.patients.get(member.member)
+            or (f"{split}/{sample.key}" if split else sample.key),
             split,
             (modality,) if modality else (),
             name=PurePosixPath(sample.key).name,

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import webdataset as wds
+from dicom_files import dataset
 from PIL import Image
 from scan_files import phantom, write_nifti
+from test_build_remote import s3  # noqa: F401
 
 from data_pipeline.build import build
 from data_pipeline.errors import UserError
@@ -157,6 +159,25 @@ def test_from_a_store_in_parts_with_workers_the_same_bytes(shards: Path, tmp_pat
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     inside = [sorted(str(v[0].tobytes()) for v in voxels(tmp_path / n).values()) for n in "ac"]
     assert inside[0] == inside[1]
+
+
+def test_from_s3(
+    s3: Any,  # noqa: F811
+    shards: Path,
+    tmp_path: Path,
+) -> None:
+    """Listed by headers and fetched by ranges; asked again, nothing is read."""
+    for path in shards.glob("ct-*.tar"):
+        s3.put(str(path), f"scans/wds/{path.name}")
+    there = source("s3://scans/wds")
+    assert build([there], tmp_path / "o", progress=False).samples == 6
+    assert build([source(shards, include=("ct-*.tar/**",))], tmp_path / "l", progress=False).samples == 6
+    hashes = [set(Manifest.open(tmp_path / n).column("content_hash")) for n in "ol"]
+    assert hashes[0] == hashes[1]
+    assert build([there], tmp_path / "o", progress=False).read == 0
+    s3.rm_file("scans/wds/ct-000001.tar")
+    with pytest.raises(UserError, match=r"3 inputs .* no longer found"):
+        build([there], tmp_path / "o", progress=False)
 
 
 def test_only_what_changed_is_read_again(shards: Path, tmp_path: Path) -> None:
@@ -357,6 +378,39 @@ def test_mistakes_are_one_line(entries: Any, more: dict[str, Any], message: str,
     with pytest.raises(UserError, match=message) as caught:
         build([source(tmp_path / "s.tar", **more)], tmp_path / "o", progress=False)
     assert "\n" not in str(caught.value)
+
+
+def test_every_single_file_format_by_its_own_reader(tmp_path: Path) -> None:
+    """Each is what the file alone gives; DICOM members are of one patient by their header."""
+    files = tmp_path / "files"
+    files.mkdir()
+    image = sitk.GetImageFromArray(phantom(0))
+    image.SetSpacing((0.7, 0.8, 2.0))
+    for name in ("a.nrrd", "b.mha", "c.nii"):
+        sitk.WriteImage(image + ord(name[0]), files / name)
+    np.savez(files / "d.npz", image=phantom(4))
+    grey = np.random.default_rng(3).integers(0, 255, (40, 50), np.uint8)
+    for name in ("e.jpg", "f.tif"):
+        Image.fromarray(grey + ord(name[0])).save(files / name)
+    for number, name in enumerate(("g.dcm", "h.DCM"), 1):
+        pixels = np.random.default_rng(number).integers(0, 2000, (32, 32)).astype(np.int16)
+        dicom = dataset(pixels, (0, 0, 0), f"1.2.{number}")
+        dicom.save_as(files / name, enforce_file_format=True)
+    npz = json.dumps({"modality": "CT", "spacing": [2.0, 1.0, 0.5]}).encode()
+    entries = [(path.name, path.read_bytes()) for path in sorted(files.iterdir())]
+    tar(tmp_path / "in/s.tar", *entries, ("d.json", npz))
+    kinds: dict[str, Any] = {"[abc].*": "CT", "[ef].*": "XR", "[gh].*": "CT"}
+    mm = {"field_mm": 100.0}
+    build([source(tmp_path / "in", modality=kinds, **mm)], tmp_path / "o", tmp_path / "p", progress=False)
+    alone = source(files, layout="folder", modality=kinds, exclude=("d.npz",), **mm)
+    build([alone], tmp_path / "f", tmp_path / "pf", progress=False)
+    packed, plain = (Manifest.open(tmp_path / n) for n in "of")
+    hashes = set(packed.column("content_hash"))
+    assert (len(hashes), len(hashes - set(plain.column("content_hash")))) == (8, 1)
+    index = [json.loads(line) for line in (tmp_path / "p" / "index.jsonl").read_text().splitlines()]
+    assert Counter(entry["subject"] for entry in index)["MRN-4711"] == 2
+    [row] = [packed.row(i) for i in range(8) if packed.row(i)["spacing"] == [2.0, 1.0, 0.5]]
+    assert row["shape"] == [1, *phantom(4).shape]
 
 
 def test_a_label_without_names_asks_for_them(tmp_path: Path) -> None:
