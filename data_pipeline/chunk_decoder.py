@@ -1,4 +1,4 @@
-"""Decompression of single Blosc2 chunks, without making a context for each."""
+"""Decompression of single Blosc2 chunks."""
 
 from __future__ import annotations
 
@@ -10,33 +10,18 @@ import numpy as np
 _SIZES = struct.Struct("<4xi4xi")  # of a chunk's header: decompressed bytes, (block size), compressed bytes
 
 
-class ChunkDecoder:
-    """Decompresses one chunk after another, on one thread.
+def decode_chunk(chunk: memoryview, out: np.ndarray) -> None:
+    """Decompress `chunk` into the contiguous `out`, which it has to fill.
 
-    A super-chunk of one chunk keeps its context between calls, zstd state and buffers and all;
-    `blosc2.decompress2` makes and frees one every time, a third of the time that a chunk of 32 cubed takes.
-    Holds no lock and no thread, so a fork may go on using it; not for use by two threads at once.
+    The caller has checked the bytes: a flipped one may go unnoticed. ValueError or RuntimeError when they are
+    no chunk of this size; the sizes in its header are compared with the two buffers, since Blosc2 believes
+    the header.
+
+    `blosc2.decompress` keeps one context for the process, zstd state and buffers and all; `decompress2` makes
+    and frees one every time, a third of the time that a chunk of 32 cubed takes. A chunk of one block, as
+    ours are, is decompressed on the calling thread, which holds the interpreter's lock meanwhile: no fork
+    comes between.
     """
-
-    def __init__(self) -> None:
-        self._slot = blosc2.SChunk(
-            data=bytes(32),
-            chunksize=32,
-            cparams=blosc2.CParams(nthreads=1),
-            dparams=blosc2.DParams(nthreads=1),
-        )
-
-    def __reduce__(self) -> tuple[type[ChunkDecoder], tuple[()]]:
-        return ChunkDecoder, ()
-
-    def decode(self, chunk: memoryview, out: np.ndarray) -> None:
-        """Decompress `chunk` into the contiguous `out`, which it has to fill.
-
-        The caller has checked the bytes: a flipped one may go unnoticed. ValueError or RuntimeError when they
-        are no chunk of this size; the sizes in its header are compared with the two buffers, since Blosc2
-        believes the header.
-        """
-        if len(chunk) < blosc2.MIN_HEADER_LENGTH or _SIZES.unpack_from(chunk) != (out.nbytes, len(chunk)):
-            raise ValueError("not a chunk of this size")
-        self._slot.update_chunk(0, chunk)
-        self._slot.decompress_chunk(0, out)
+    if len(chunk) < blosc2.MIN_HEADER_LENGTH or _SIZES.unpack_from(chunk) != (out.nbytes, len(chunk)):
+        raise ValueError("not a chunk of this size")
+    blosc2.decompress(chunk, out)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.chunk_decoder import ChunkDecoder
+from data_pipeline.chunk_decoder import decode_chunk
 from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_index
 from data_pipeline.shard_files import ByteSource, LocalFiles, files_at
 from data_pipeline.touched_chunks import Piece, runs, touched_chunks
@@ -64,7 +64,6 @@ class ShardReader:
         self._hide_sizes: np.ndarray | None = None
         self._indices: OrderedDict[int, dict[str, MemberIndex]] = OrderedDict()
         self._last = -1, ""  # row and shard of the last read
-        self._decoder = ChunkDecoder()
 
     def read_box(
         self,
@@ -148,7 +147,7 @@ class ShardReader:
         scratch = np.empty(index.chunk, index.dtype)
         for piece, data in self._fetch(row, index.name, list(runs(stored, self.files.gap))):
             try:
-                self._decoder.decode(data, scratch)
+                decode_chunk(data, scratch)
             except (RuntimeError, ValueError) as error:
                 raise self._damaged(row, index.name, piece.number, "does not decompress") from error
             out[piece.target] = scratch[piece.inside]
