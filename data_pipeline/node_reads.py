@@ -140,20 +140,19 @@ def fetch(rows: np.ndarray, pieces: Pieces, cache: float) -> tuple[int, int]:
 
 
 def working_set(draws: Sequence[NodeDraws], pieces: Pieces, goal: float) -> float | None:
-    """Bytes of the smallest cache, to 10 %, with which the node that fetches most, for its share, fetches at
-    most `goal` times its share; 0 where the block in use is enough, None where no cache is.
+    """Bytes of the smallest cache, to 10 %, with which each of these nodes fetches at most `goal` times its
+    share; 0 where the piece in use is enough, None where no cache is.
     """
-    node = max(draws, key=lambda d: fetch(d.rows, pieces, d.cache)[0] / d.share)
-
-    def enough(cache: float) -> bool:
-        return fetch(node.rows, pieces, cache)[0] <= goal * node.share
-
-    if enough(0):
-        return 0.0
-    low, high = 0.0, float(pieces.size[np.unique(pieces.of[node.rows])].sum())
-    if not enough(high):
-        return None
-    while high - low > 0.1 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high / node.part
+    needed = 0.0
+    for node in draws:
+        most, low = goal * node.share, needed * node.part
+        high = float(pieces.size[np.unique(pieces.of[node.rows])].sum())
+        if fetch(node.rows, pieces, high)[0] > most:
+            return None
+        if fetch(node.rows, pieces, low)[0] <= most:
+            continue
+        while high - low > 0.1 * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if fetch(node.rows, pieces, middle)[0] <= most else (middle, high)
+        needed = high / node.part
+    return needed

@@ -207,7 +207,9 @@ def _add_shards(p: argparse.ArgumentParser) -> None:
     b.add_argument("--split", metavar="TRAIN,VAL,TEST", help="shares of the subjects; default 0.8,0.1,0.1")
     b.add_argument("--shard-samples", type=int, metavar="N", help="most samples in a shard; default 64")
     b.add_argument("--modality", choices=MODALITIES, help="of images that do not say")
-    b.add_argument("--layout", choices=["auto", "msd", "nnunet", "bids", "table", "folder", "dicom", "webdataset"])
+    b.add_argument(
+        "--layout", choices=["auto", "msd", "nnunet", "bids", "table", "folder", "dicom", "webdataset"]
+    )
     b.add_argument("--spacing", metavar="MM[,MM[,MM]]", help="z,y,x or y,x, of files that state none")
     b.add_argument(
         "--field-mm", type=float, metavar="MM", help="width of a picture whose spacing is not known"
@@ -234,14 +236,26 @@ def _add_shards(p: argparse.ArgumentParser) -> None:
     i.add_argument("--picture", metavar="FILE.png", help="write three planes with the label over them")
     o = actions.add_parser("order", help="what a recipe would draw: composition, rounding, repeats")
     o.add_argument("data", metavar="DIR")
-    o.add_argument("--recipe", metavar="RECIPE.yaml", help="pretraining recipe; default: the defaults")
+    o.add_argument(
+        "recipe_file", nargs="?", metavar="RECIPE.yaml", help="pretraining recipe; default: the defaults"
+    )
+    o.add_argument("--recipe", metavar="RECIPE.yaml", help="the same, by name")
     o.add_argument("--processes", type=int, default=1, metavar="N")
     o.add_argument("--updates", type=int, default=2, metavar="N", help="updates to list")
     o.add_argument(
-        "--simulate", type=int, nargs="?", const=100, metavar="UPDATES",
-        help="instead of listing draws, what so many updates (default 100) read on each node",
+        "--simulate", type=int, nargs="?", const=0, metavar="UPDATES",
+        help="instead of listing draws, what a run reads and how it mixes, for so many updates; default: "
+        "until every sample was drawn",
     )  # fmt: skip
     o.add_argument("--nodes", type=int, default=1, metavar="N", help="of the simulated run")
+    o.add_argument("--ranks-per-node", type=int, default=1, metavar="R")
+    o.add_argument(
+        "--cache",
+        default="16",
+        metavar="SHARDS|GB",
+        help="of a node: 16 (shards for each of its lanes) or 200GB",
+    )
+    o.add_argument("--json", metavar="FILE", help="write the figures of the simulated run")
 
 
 def _joined(argv: Sequence[str]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,29 +172,41 @@ def order(args: argparse.Namespace, _: Sequence[str]) -> int:
     """`medfm shards order DIR`: what a batch holds, rounding, repeats; the first draws or a simulated run."""
     from data_pipeline.manifest import Manifest
     from data_pipeline.order import Order, lanes_of
-    from data_pipeline.simulate import describe
+    from data_pipeline.simulate import Cache, simulate
+    from data_pipeline.simulation_page import page
     from engine.recipe import load_recipe
     from pretrain.recipe import PretrainRecipe
+    from pretrain.selection import select_rows
 
-    recipe = load_recipe(args.recipe, [], PretrainRecipe)
+    recipe = load_recipe(args.recipe or args.recipe_file, [], PretrainRecipe)
     manifest = Manifest.open(args.data)
-    rows = manifest.select(split=recipe.data.split)
-    if len(rows) == 0:
-        raise UserError(
-            f"{args.data}: no sample in split {recipe.data.split!r}; state data.split in the recipe"
-        )
+    data = recipe.data.model_copy(update={"root": args.data})
+    rows = select_rows(manifest, data, data.split)
     drawn = Order(manifest, rows, recipe.tokens, recipe.mixture, recipe.engine.seed)
     if args.simulate is not None:
-        print(describe(manifest, drawn, nodes=args.nodes, updates=args.simulate))
+        simulation = simulate(
+            manifest,
+            drawn,
+            nodes=args.nodes,
+            ranks_per_node=args.ranks_per_node,
+            cache=Cache.parse(args.cache),
+            updates=args.simulate or None,
+        )
+        if args.json:
+            try:
+                Path(args.json).write_text(json.dumps(asdict(simulation), indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
+        print(page(drawn, simulation))
         return 0
     print(drawn.describe())
-    keys = manifest.column("key")
     for update in range(args.updates):
         for rank in range(args.processes):
             for group in lanes_of(rank, args.processes, recipe.mixture.groups):
                 for draw in drawn.group_draws(update, group) if group is not None else ():
                     box = f"level {draw.level} origin {tuple(draw.origin)} extent {tuple(draw.extent)}"
-                    print(f"update {update} rank {rank} group {group} i {draw.index} {keys[draw.row]} {box}")
+                    key = manifest.value(draw.row, "key")
+                    print(f"update {update} rank {rank} group {group} i {draw.index} {key} {box}")
     return 0
 
 

@@ -22,7 +22,8 @@ from pretrain.batch import Batch, Collate
 from pretrain.evaluate import HeldOut, describe
 from pretrain.mae import MaskedAutoencoder
 from pretrain.pictures import save
-from pretrain.recipe import DataConfig, PretrainRecipe
+from pretrain.recipe import PretrainRecipe
+from pretrain.selection import select_rows
 
 
 class PretrainTask:
@@ -152,34 +153,6 @@ class PretrainTask:
                 "sources": licences,
             },
         )
-
-
-def select_rows(manifest: Manifest, data: DataConfig, split: str, may_be_empty: bool = False) -> np.ndarray:
-    """Row numbers of a split after the recipe's choice of sources and subjects.
-
-    Raises UserError where nothing is left, a source's name is unknown, or both splits are the same one.
-    """
-    if data.split == data.held_out:
-        raise UserError(f"data.held_out: {data.held_out!r} is the training split too; name another split")
-    every = set(manifest.column("source"))
-    for name in (*data.sources, *data.exclude_sources):
-        if name not in every:
-            raise UserError(
-                f"data.sources: no source {name!r} in {data.root}; it holds {', '.join(sorted(every))}"
-            )
-    rows = manifest.select(split=split)
-    source = manifest.column("source")[rows]
-    keep = ~np.isin(source, data.exclude_sources)
-    if data.exclude_subjects:
-        keep &= ~np.isin(manifest.column("subject")[rows], data.exclude_subjects)
-    if data.sources:
-        keep &= np.isin(source, data.sources)
-    if not keep.any() and not may_be_empty:
-        splits = ", ".join(sorted(set(manifest.column("split"))))
-        raise UserError(
-            f"{data.root}: no sample of split {split!r} is left to train on; it holds the splits {splits}"
-        )
-    return rows[keep]
 
 
 def _counts(values: np.ndarray) -> dict[str, int]:
