@@ -104,13 +104,13 @@ class LaneTable:
             right = left + d
             free = (entries[2, left] >= position[right]) & (entries[1, right] <= position[left])
             i, j = left[free], right[free]
-            entries[:, i], entries[:, j] = entries[:, j], entries[:, i]
+            entries[:, np.concatenate([i, j])] = entries[:, np.concatenate([j, i])]
         source = np.empty(n, dtype=np.int32)
         source[by_stratum] = entries[0]
         return source, self._counted(source, strata, block)
 
     def _counted(self, source: np.ndarray, strata: np.ndarray, block: int) -> np.ndarray:
-        code = source * self.cells.shape[1] + strata
+        code = source * len(self.cells[0]) + strata
         by_cell = np.argsort(code, kind="stable")
         sorted_code = code[by_cell]
         begins = np.flatnonzero(np.concatenate([[True], sorted_code[1:] != sorted_code[:-1]]))
@@ -230,24 +230,31 @@ def _table(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Source of every position of a period, and the first and last position its entry may be swapped to.
 
-    First every source is held to its share of all positions. Where the strata do not allow that, or would
-    draw a cell much less often than planned, it is held to the share that the strata passed so far give it:
-    then fractions of crops would fit, so a matching exists (Kőnig), and both shares agree between groups.
+    First every source is held to its share of all positions. Where the strata do not allow that, or only at
+    the cost of other shares inside the strata, it is held to what the strata passed so far give it: fractions
+    of crops would fit then, so a matching exists (Kőnig), and both shares agree after each group.
     """
     cells = np.frombuffer(planned, dtype=np.int64).reshape(shape)
     positions = np.tile(np.array(strata, dtype=np.int32), groups)
     even = _jobs([_even_windows(m, len(positions)) for m in cells.sum(axis=1).tolist()])
     source, jobs = match(even, cells, positions), even
-    if source is None or (_reached(source, positions, shape) < 0.75 * cells - 1).any():
+    if source is None or not _near(_reached(source, positions, shape), cells):
         jobs = _jobs([_stratum_windows(row, strata, groups) for row in cells])
         source = match(jobs, cells, positions)
         if source is None:
             raise RuntimeError("no table of sources fits; this is a defect of the order")
         _feed(source, cells, positions)
+        even = _jobs(
+            [_even_windows(m, len(positions)) for m in np.bincount(source, minlength=shape[0]).tolist()]
+        )
+        if (np.diff(even.start) != np.diff(jobs.start)).any():
+            jobs = _jobs(
+                [_stratum_windows(row, strata, groups) for row in _reached(source, positions, shape)]
+            )
     by_source = np.argsort(source, kind="stable")
     windows = np.empty((2, len(source)), dtype=np.int32)
-    windows[0, by_source] = np.minimum(np.maximum(jobs.first, np.minimum(even.first, by_source)), by_source)
-    windows[1, by_source] = np.maximum(np.minimum(jobs.last, np.maximum(even.last, by_source)), by_source)
+    windows[0, by_source] = np.minimum(np.maximum(jobs.first, even.first), by_source)
+    windows[1, by_source] = np.maximum(np.minimum(jobs.last, even.last), by_source)
     return source, windows[0], windows[1]
 
 
@@ -255,20 +262,34 @@ def _reached(source: np.ndarray, positions: np.ndarray, shape: tuple[int, int]) 
     return np.bincount(source * shape[1] + positions, minlength=shape[0] * shape[1]).reshape(shape)
 
 
+def _near(reached: np.ndarray, cells: np.ndarray) -> bool:
+    return bool(
+        ((reached >= 0.8 * cells - 1) & (reached <= 1.25 * cells + 1)).all()
+        and (reached[cells > 0] > 0).all()
+    )
+
+
 def _feed(source: np.ndarray, cells: np.ndarray, positions: np.ndarray) -> None:
-    """Give every planned cell a crop, by the nearest exchange with another source; changes `source`."""
+    """Give every planned cell a crop; changes `source`.
+
+    By the nearest exchange with a source that has more; where no such source can take the place that is given
+    up, the one with most crops in that stratum does.
+    """
     for s, c in np.argwhere((_reached(source, positions, cells.shape) == 0) & (cells > 0)).tolist():
-        own = np.flatnonzero(source == s)
         have = _reached(source, positions, cells.shape)
-        own = own[have[s, positions[own]] > 1]
         there = np.flatnonzero(positions == c)
         there = there[have[source[there], c] > 1]
+        own = np.flatnonzero(source == s)
+        own = own[have[s, positions[own]] > 1]
+        if not len(own):
+            source[there[0]] = s
+            continue
         fits = cells[source[there]][:, positions[own]] > 0
-        apart = np.where(fits, np.abs(there[:, None] - own[None]), len(source))
-        if apart.size == 0 or apart.min() == len(source):
-            raise RuntimeError(f"a cell of source {s} is never drawn; this is a defect of the order")
+        apart = np.abs(there[:, None] - own[None]) + np.where(fits, 0, len(source))
         i, j = np.unravel_index(int(apart.argmin()), apart.shape)
-        source[there[i]], source[own[j]] = s, source[there[i]]
+        to = positions[own[j]]
+        source[own[j]] = source[there[i]] if fits[i, j] else have[:, to].argmax()
+        source[there[i]] = s
 
 
 def _jobs(windows: list[tuple[np.ndarray, np.ndarray]]) -> Jobs:

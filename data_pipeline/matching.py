@@ -1,9 +1,9 @@
 """Which position each crop of a source takes: unit jobs with windows on positions that only some may use.
 
-A position holds one job; a job may take any position inside its window whose stratum its source has. Earliest
-deadlines are served first; what is left over is placed along augmenting paths (Berge 1957), which finds a
-perfect matching wherever there is one. Ties go to the lowest number, so that the result is the same
-everywhere.
+A position holds one job; a job may take any position inside its window whose stratum its source has. Early
+deadlines are served first, and a job that was passed over is placed along an augmenting path (Berge 1957),
+which finds a perfect matching wherever there is one. Ties go to the lowest number, so that the result is the
+same everywhere.
 """
 
 from __future__ import annotations
@@ -32,80 +32,102 @@ def match(jobs: Jobs, cells: np.ndarray, strata: np.ndarray) -> np.ndarray | Non
     """The source at each position (int32), or None if not every job fits into its window.
 
     cells: jobs wanted of each (source, stratum); 0 where a source has nothing. The totals reached differ from
-    these by a few where the windows ask for it. strata: stratum of each position. As many jobs as positions.
+    these where the windows ask for it. strata: stratum of each position. As many jobs as positions.
     """
-    holder, waiting = _deal(jobs, cells, strata)
-    source = np.repeat(np.arange(len(cells)), np.diff(jobs.start))
-    paths = _Paths(jobs, source, cells, strata, holder)
-    if not all(paths.place(job) for job in waiting):
+    matching = _Matching(jobs, cells, strata)
+    if not matching.deal():
         return None
-    return source[np.array(paths.holder)].astype(np.int32)
+    return matching.source[np.array(matching.holder)].astype(np.int32)
 
 
-def _deal(jobs: Jobs, cells: np.ndarray, strata: np.ndarray) -> tuple[list[int], list[int]]:
-    """Job at each position, −1 for none, and the jobs left over.
+class _Matching:
+    """A matching that grows position by position; `holder` is the job at each position, −1 for none."""
 
-    A job on its last position goes first; else the least sum of two deadlines, that of the source and that of
-    its cell, which keeps cells to their shares.
-    """
-    length = len(strata)
-    start, end = jobs.start[:-1], jobs.start[1:]
-    first, last = np.append(jobs.first, _NEVER), np.append(jobs.last, _NEVER)
-    job = np.where(end > start, start, len(jobs.first))
-    opens, closes = first[job], last[job]
-    members = [np.flatnonzero(column) for column in cells.T]
-    step = [length / column[at] for column, at in zip(cells.T, members)]
-    due = [distance.copy() for distance in step]
-    holder, waiting = [-1] * length, []
-
-    def next_job(s: int) -> None:
-        job[s] = job[s] + 1 if job[s] + 1 < end[s] else len(jobs.first)
-        opens[s], closes[s] = first[job[s]], last[job[s]]
-
-    soonest = int(closes.min())
-    for position, stratum in enumerate(strata.tolist()):
-        while position > soonest:
-            for s in np.flatnonzero(closes < position).tolist():
-                waiting.append(int(job[s]))
-                next_job(s)
-            soonest = int(closes.min())
-        at = members[stratum]
-        closing = closes[at]
-        key = np.where(closing == position, -1.0, closing + due[stratum])
-        key[opens[at] > position] = np.inf
-        best = int(key.argmin())
-        if key[best] < np.inf:
-            s = int(at[best])
-            holder[position] = int(job[s])
-            due[stratum][best] += step[stratum][best]
-            next_job(s)
-    waiting += [j for s in range(len(cells)) for j in range(int(job[s]), int(end[s]))]
-    return holder, waiting
-
-
-class _Paths:
-    """Breadth-first augmenting paths; a search visits a position once and stops at the first free one."""
-
-    def __init__(
-        self, jobs: Jobs, source: np.ndarray, cells: np.ndarray, strata: np.ndarray, holder: list[int]
-    ) -> None:
-        self.holder = holder
-        self._position = [-1] * len(source)
-        for position, job in enumerate(holder):
-            if job >= 0:
-                self._position[job] = position
-        self._source, self._first, self._last = source.tolist(), jobs.first.tolist(), jobs.last.tolist()
+    def __init__(self, jobs: Jobs, cells: np.ndarray, strata: np.ndarray) -> None:
+        self.jobs, self.cells = jobs, cells
+        self.source = np.repeat(np.arange(len(cells)), np.diff(jobs.start))
+        self.holder = [-1] * len(strata)
+        self._position = [-1] * len(self.source)
+        self._source, self._first, self._last = self.source.tolist(), jobs.first.tolist(), jobs.last.tolist()
+        self._stratum = strata.tolist()
         self._strata = [np.flatnonzero(row).tolist() for row in cells]
         self._places = [np.flatnonzero(strata == c).tolist() for c in range(cells.shape[1])]
+        # Positions between two jobs of a cell, and the position by which its next job is due.
+        self._step = len(strata) / np.maximum(cells, 1)
+        self._due = self._step.copy()
+        self._count, self._wanted = np.zeros_like(cells).tolist(), cells.tolist()
 
-    def place(self, job: int) -> bool:
-        """Give `job` a position, moving others inside their windows; False if there is no way."""
+    def deal(self) -> bool:
+        """Fill all positions; False if that is impossible.
+
+        A job on its last position goes first; else the one with the least time left, counted in the usual
+        distance between two such jobs: twice that of the source and once that of its cell, which keeps cells
+        to their shares. A job that was passed over gets a place at once by moving others.
+        """
+        none = len(self.source)
+        first, last = np.append(self.jobs.first, _NEVER), np.append(self.jobs.last, _NEVER)
+        start, end = self.jobs.start[:-1], self.jobs.start[1:]
+        job = np.where(end > start, start, none)
+        opens, closes = first[job], last[job]
+        often = 2.0 * np.diff(self.jobs.start) / len(self.holder)
+        members = [np.flatnonzero(column) for column in self.cells.T]
+
+        def advance(s: int) -> None:
+            job[s] = job[s] + 1 if job[s] + 1 < end[s] else none
+            opens[s], closes[s] = first[job[s]], last[job[s]]
+
+        soonest = int(closes.min())
+        for position, stratum in enumerate(self._stratum):
+            while position > soonest:
+                for s in np.flatnonzero(closes < position).tolist():
+                    if not self._place(int(job[s])):
+                        return False
+                    advance(s)
+                soonest = int(closes.min())
+            at = members[stratum]
+            if self.holder[position] >= 0 or not len(at):
+                continue
+            closing = closes[at]
+            left = (closing - position) * often[at]
+            left += (self._due[at, stratum] - position) / self._step[at, stratum]
+            left[closing == position] = -np.inf
+            left[opens[at] > position] = np.inf
+            best = int(left.argmin())
+            if left[best] < np.inf:
+                s = int(at[best])
+                self._move(int(job[s]), position)
+                advance(s)
+        left_over = [j for s in range(len(start)) for j in range(int(job[s]), int(end[s]))]
+        return all(self._place(j) for j in left_over)
+
+    def _place(self, job: int) -> bool:
+        """Near and at no cost to the cells if possible, else wherever there is room."""
+        return self._search(job, 0.25, 300) or self._search(job, 2.0, 2000) or self._search(job)
+
+    def _search(self, job: int, slack: float | None = None, reach: int | None = None) -> bool:
+        """Give `job` a position along an augmenting path, found breadth first; False if there is none.
+
+        slack: a cell that is this share of its jobs away from what is wanted of it (and one job) gets no
+        further away; None for no such care. reach: jobs to look at before giving up.
+        """
         reached_from: dict[int, int] = {}
         skip: list[dict[int, int]] = [{} for _ in self._places]  # index in a stratum → next one not visited
         queue = [job]
         for mover in queue:
-            first, last = self._first[mover], self._last[mover]
-            for c in self._strata[self._source[mover]]:
+            s, first, last, here = (
+                self._source[mover],
+                self._first[mover],
+                self._last[mover],
+                self._position[mover],
+            )
+            strata = self._strata[s]
+            if reach is not None and len(queue) > reach:
+                return False
+            if slack is not None:
+                now = self._stratum[here] if here >= 0 else -1
+                leaves = here < 0 or self._count[s][now] - 1 >= max(1, (1 - slack) * self._wanted[s][now])
+                strata = [c for c in strata if c == now or (leaves and self._has_room(s, c, slack))]
+            for c in strata:
                 places = self._places[c]
                 i = _next(skip[c], bisect_left(places, first))
                 while i < len(places) and places[i] <= last:
@@ -119,12 +141,26 @@ class _Paths:
                     i = _next(skip[c], i + 1)
         return False
 
+    def _has_room(self, s: int, c: int, slack: float) -> bool:
+        return bool(self._count[s][c] < self._wanted[s][c] + max(1.0, slack * self._wanted[s][c]))
+
     def _shift(self, position: int, reached_from: dict[int, int]) -> None:
         while position >= 0:
             mover = reached_from[position]
             before = self._position[mover]
-            self.holder[position], self._position[mover] = mover, position
+            self._move(mover, position)
             position = before
+
+    def _move(self, job: int, position: int) -> None:
+        s, before = self._source[job], self._position[job]
+        if before >= 0:
+            c = self._stratum[before]
+            self._count[s][c] -= 1
+            self._due[s, c] -= self._step[s, c]
+        c = self._stratum[position]
+        self._count[s][c] += 1
+        self._due[s, c] += self._step[s, c]
+        self.holder[position], self._position[job] = job, position
 
 
 def _next(skip: dict[int, int], i: int) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.rng import permutation, rng, uniforms
+from data_pipeline.rng import permutation, permuted, rng, uniforms
 
 
 @settings(deadline=None)
@@ -39,6 +41,7 @@ def test_neighbouring_indices_do_not_overlap() -> None:
 def test_numbers_are_pinned_for_good() -> None:
     # A change here changes every run's order: these are part of the format.
     assert uniforms(0, 0, "crop", 2) == [0.2728242202582635, 0.10293700761113178]
+    assert [permuted(3, 1, "shards", 10**6, i) for i in (0, 1, 999_999)] == [63733, 902751, 470495]
     assert permutation(3, 1, "shards", 8).tolist() == [1, 3, 6, 5, 2, 0, 4, 7]
 
 
@@ -72,3 +75,53 @@ def test_another_process_with_another_hash_seed_agrees() -> None:
 def test_an_impossible_index_is_refused() -> None:
     with pytest.raises(ValueError, match="counter"):
         rng(0, -1, "crop")
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**63), st.integers(0, 2**20), st.integers(1, 3000))
+def test_places_of_a_permutation_hold_everything_once(seed: int, index: int, n: int) -> None:
+    assert sorted(permuted(seed, index, "x", n, i) for i in range(n)) == list(range(n))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2**16, 10**9), st.integers(0, 2**32))
+def test_places_of_a_long_permutation_are_distinct_and_inside(n: int, seed: int) -> None:
+    asked = np.unique(np.random.default_rng(seed).integers(0, n, 2000)).tolist()
+    found = {permuted(seed, 0, "x", n, i) for i in asked}
+    assert len(found) == len(asked)
+    assert min(found) >= 0
+    assert max(found) < n
+    # Neighbours land anywhere: the mean of |a − b| / n of independent places is 1/3.
+    near = np.array([permuted(seed, 0, "x", n, i) for i in range(2000)])
+    assert abs(np.abs(np.diff(near)).mean() / n - 1 / 3) < 0.03
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_short_permutations_are_equally_likely(n: int) -> None:
+    draws = 300 * math.factorial(n)
+    drawn = Counter(tuple(permuted(s, 0, "x", n, i) for i in range(n)) for s in range(draws))
+    assert len(drawn) == math.factorial(n)
+    chi2 = sum((count - 300) ** 2 / 300 for count in drawn.values())
+    freedom = math.factorial(n) - 1
+    assert chi2 < freedom + 4 * math.sqrt(2 * freedom) + 8
+
+
+@pytest.mark.parametrize("n", [65, 80, 81, 100, 257])
+def test_long_permutations_are_uniform(n: int) -> None:
+    seeds = 2000
+    drawn = np.array([[permuted(s, 3, "x", n, i) for i in range(0, n, 8)] for s in range(seeds)])
+    for column in drawn.T:  # a place is filled by every number alike
+        counts = np.bincount(column, minlength=n)
+        chi2 = ((counts - seeds / n) ** 2 / (seeds / n)).sum()
+        assert abs(chi2 - (n - 1)) < 5.5 * math.sqrt(2 * (n - 1))
+    # The distance of two neighbours is every number but 0 alike: no structure is left between places.
+    far = [(permuted(s, 3, "x", n, 9) - permuted(s, 3, "x", n, 8)) % n for s in range(4 * seeds)]
+    counts = np.bincount(far, minlength=n)
+    assert counts[0] == 0
+    expected = 4 * seeds / (n - 1)
+    assert abs(((counts[1:] - expected) ** 2 / expected).sum() - (n - 2)) < 5.5 * math.sqrt(2 * (n - 2))
+
+
+def test_an_impossible_place_is_refused() -> None:
+    with pytest.raises(IndexError, match="place 7"):
+        permuted(0, 0, "x", 7, 7)
