@@ -59,7 +59,7 @@ def paper_dataset(
     idx, text = 600 + image // 1000, np.full(n, 900)
     sizes = {"json": text, "image": image, "l1": l1, "l2": l2, "idx": idx}  # as they follow in a shard
     padded = {m: np.where(s >= 0, HEADER + -(-s // HEADER) * HEADER, 0) for m, s in sizes.items()}
-    total = sum(padded.values())
+    total = np.sum(list(padded.values()), axis=0)
 
     group = np.array([f"train-{p.modality.lower()}-{p.geometry}" for p in parts])[which]
     source = np.array([p.source for p in parts])[which]
@@ -99,6 +99,6 @@ def paper_dataset(
     table = pa.table([columns.get(f.name, pa.nulls(n, f.type)) for f in SCHEMA], schema=SCHEMA)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    bytes_of = np.bincount(shard, np.sum([padded[m] for m in sizes], axis=0)[order]).astype(int).tolist()
+    bytes_of = np.bincount(shard, total[order]).astype(int).tolist()
     shards = [{"name": n, "size": size} for n, size in zip(name, bytes_of)]
     return Manifest.of(folder, bytes(sink.getvalue()), {"shards": shards})

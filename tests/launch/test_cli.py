@@ -222,6 +222,15 @@ def test_verify_inspect_and_order(medfm: Medfm, dataset: Path, tmp_path: Path) -
     assert "on 2 nodes" in played.stdout
     assert "update 0 rank 0" not in played.stdout
     assert_one_line(medfm("shards", "order", str(dataset), "--simulate", "--nodes", "0"), "0 nodes")
+    figures, recipe = tmp_path / "figures.json", tmp_path / "order.yaml"
+    recipe.write_text("mixture: {groups: 2}\n")
+    words = ["--simulate", "--nodes", "2", "--ranks-per-node", "2", "--cache", "3GB", "--json", str(figures)]
+    page = medfm("shards", "order", str(dataset), str(recipe), *words)
+    assert page.returncode == 0, page.stderr
+    assert "every sample is drawn" in page.stdout
+    found = json.loads(figures.read_text())
+    assert (found["nodes"], found["groups"], found["cache"]) == (2, 2, 3e9)
+    assert_one_line(medfm("shards", "order", str(dataset), "--simulate", "--cache", "big"), "'big'")
 
 
 def test_checkpoint_of_another_architecture_and_exact_export(medfm: Medfm, tmp_path: Path) -> None:
