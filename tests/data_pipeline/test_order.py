@@ -112,7 +112,7 @@ def level_shape(order: Order, draw: Draw) -> list[int]:
     return [math.ceil(n / f) for n, f in zip(stored, factors)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     st.integers(0, 1000),
     st.sampled_from([(0.5, 4.0), (1.0, 1.0), (0.3, 0.7), (2.0, 6.0), (1.0, 1.2)]),

@@ -126,7 +126,7 @@ def played(order: Order, start: int, end: int, world: int, workers: int) -> list
     return sorted(found, key=lambda draw: draw.index)
 
 
-sizes = st.floats(0.0, 5.5).map(lambda power: int(10**power))
+sizes = st.floats(0.0, 6.0).map(lambda power: int(10**power))
 mixtures = st.fixed_dictionaries(
     {
         "groups": st.integers(1, 12),
