@@ -44,7 +44,7 @@ def _played(s: Simulation) -> list[str]:
     if s.nodes > s.groups:
         lines.append(f"  {_many(s.nodes - s.groups, 'node')} without a lane: set mixture.groups to {s.nodes}")
     if p.lanes < s.lanes:
-        lines.append("  some lanes of a node only, with their part of its cache: whole shards look worse than they are")
+        lines.append("  part of a node, with its part of the cache: whole shards look worse than they are")
     if not whole:
         lines.append(
             "  less than an epoch: what is fetched for later counts in full, so traffic looks higher"
