@@ -125,7 +125,7 @@ class BlockFolder:
         for again in (False, True):
             try:
                 with _disk():
-                    path.parent.mkdir(exist_ok=True, mode=0o700)
+                    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                     fd = _claim(path, partial, wait_s)
             except DiskFault as fault:
                 return self._disk_failed(fault)

@@ -136,16 +136,16 @@ class CachedFiles:
         """Drop the block of a sample that proved damaged, unless it is known to be so at the source. Whether
         reading again may give other bytes."""
         block = self.blocks.at(name, offset)
-        fd = self._descriptor(block)
+        self._here()
+        held = self._open.pop((block.shard, block.start), None)
+        fd = self._open_block(block) if held is None else held[0]
         if fd is not None:
-            flags = os.pread(fd, len(block.rows) + FETCHED.size, block.size)
-            number = next(n for n, row in enumerate(block.rows) if self.blocks.span(row)[1] > offset)
-            if len(flags) == len(block.rows) + FETCHED.size and flags[number]:
-                (fetched,) = FETCHED.unpack(flags[-FETCHED.size :])
-                if 0 <= time.time() - fetched < BELIEVED_S:
-                    return False
+            known = self._known_damaged(block, fd, offset)
+            os.close(fd)
+            if known:
+                return False
         self.meter.add(damaged=1)
-        self._drop(block)
+        self.folder.drop(_name(self.manifest, block))
         return True
 
     def expect(self, block: Block) -> None:
@@ -223,6 +223,15 @@ class CachedFiles:
             future.result()
         finally:
             self.forget(block)
+
+    def _known_damaged(self, block: Block, fd: int, offset: int) -> bool:
+        """Whether a sample was damaged when its block came, lately."""
+        end = os.pread(fd, len(block.rows) + FETCHED.size, block.size)
+        if len(end) < len(block.rows) + FETCHED.size:
+            return False
+        number = next(n for n, row in enumerate(block.rows) if self.blocks.span(row)[1] > offset)
+        (fetched,) = FETCHED.unpack(end[len(block.rows) :])
+        return end[number] == 1 and 0 <= time.time() - fetched < BELIEVED_S
 
     def _drop(self, block: Block) -> None:
         held = self._open.pop((block.shard, block.start), None)

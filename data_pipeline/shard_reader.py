@@ -87,8 +87,9 @@ class ShardReader:
         """
         try:
             return self._box(row, member, channel, origin, extent, hidden)
-        except DamagedSample:
-            if not self.files.renew(self._shard(row), self._place(row, "idx")[0]):
+        except DamagedSample as damage:
+            missing = isinstance(damage.__cause__, FileNotFoundError)
+            if missing or not self.files.renew(self._shard(row), self._place(row, "idx")[0]):
                 raise
             self._indices.pop(int(row), None)
             return self._box(row, member, channel, origin, extent, hidden)

@@ -411,11 +411,12 @@ def test_blocks_expected_are_there_when_they_are_read(
     assert right(root, files)
     assert sum(server.asked.values()) == asked == SHARDS
     assert files.meter.total.wait_s == 0
+    threads = list(files._threads)
+    assert len(threads) == files.config.downloads
     files.close()
-    for thread in threading.enumerate():
-        if thread.name == "medfm-fetch":
-            thread.join(10)
-            assert not thread.is_alive()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("fault", "error"), [(404, FileNotFoundError), (503, UserError), (403, UserError)])
