@@ -294,8 +294,11 @@ class Stream(Generic[Batch]):
             generator=torch.Generator().manual_seed(0),
             **options,
         )
-        with _frozen_heap():
-            self._items: Any = iter(loader)
+        if workers:
+            # Collections here or in a worker leave what there is alone, or the pages that they share would
+            # one by one become copies. Undone when the stream is closed.
+            gc.freeze()
+        self._items: Any = iter(loader)
         # At exit, too, and before multiprocessing waits for children that ignore its SIGTERM.
         self._end = partial(_allow_end, self._closing)
         atexit.register(self._end)
@@ -383,22 +386,10 @@ class Stream(Generic[Batch]):
         self.close()
 
 
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Fork inside: collections in the child leave the parent's objects alone, whose pages stay shared."""
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def _allow_end(closing: Any) -> None:
-    if closing is not None:
+    if closing is not None and not closing.value:
         closing.value = 1
+        gc.unfreeze()
 
 
 def _start_worker(closing: Any, parent: int, tied: bool, _worker: int) -> None:
