@@ -279,7 +279,7 @@ class Order:
     def _level_count(self, row: int) -> int:
         count = 1
         for offsets in self._levels:
-            if offsets[row] < 0:
+            if not offsets[row] >= 0:  # −1, or NaN in a column with nulls
                 break
             count += 1
         return count
