@@ -15,6 +15,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.rng import rng
 from data_pipeline.stream import open_stream
+from data_pipeline.stream_log import StreamLog
 from engine.errors import UserError
 from engine.task import Writer
 from finetune.batch import Batch, Collate
@@ -78,6 +79,7 @@ class FinetuneTask:
             seed=recipe.engine.seed, window=recipe.head.window,
         )  # fmt: skip
         self.samples_per_update = self.order.batch_size
+        self._log = StreamLog(self.order, recipe.data.root, recipe.data.cache)
         self.model: nn.Module = ClickTraining(
             self.net, recipe.prompts, self.samples_per_update, recipe.engine.seed
         )
@@ -106,23 +108,26 @@ class FinetuneTask:
             self._recipe.engine.seed,
             patches,
         )
-        return cast(
-            Iterator[Batch],
+        return self._log.follow(
             open_stream(
-                self._recipe.data.root,
-                self.manifest,
-                self.order,
-                rank=rank,
-                world=world,
-                start_update=start_update,
-                workers=self._recipe.engine.workers,
-                collate=collate,
-                with_seg=True,
-                all_channels=True,
-                max_damage=self._recipe.data.max_damage,
+                self._recipe.data.root, self.manifest, self.order, rank=rank, world=world,
+                start_update=start_update, workers=self._recipe.engine.workers, collate=collate,
+                with_seg=True, all_channels=True, max_damage=self._recipe.data.max_damage,
                 cache=self._recipe.data.cache,
-            ),
-        )
+            )
+        )  # fmt: skip
+
+    def describe_data(self) -> str:
+        """What a batch holds and how often each source comes round in the run."""
+        return self._log.describe(self._recipe.engine.updates)
+
+    def data_counts(self) -> dict[str, float]:
+        """Damage, crops by source and traffic of this rank so far."""
+        return self._log.counts()
+
+    def data_notices(self) -> list[str]:
+        """Samples that proved damaged since the last call."""
+        return self._log.notices()
 
     def evaluate(self, update: int, rank: int, world: int, writer: Writer) -> dict[str, float]:
         """Mean Dice by click on a few held-out cases, on rank 0."""

@@ -15,6 +15,7 @@ from data_pipeline.geometry import PATCH
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.stream import open_stream
+from data_pipeline.stream_log import StreamLog
 from engine.errors import UserError
 from model.plan import AdaptationPlan
 from model.weights import ENCODER_PREFIX, save_encoder
@@ -49,6 +50,7 @@ class PretrainTask:
                 f"encoder.patch has no stem for {', '.join(sorted(missing))}, which {recipe.data.root} holds"
             )
         self.samples_per_update = self.order.batch_size
+        self._log = StreamLog(self.order, recipe.data.root, recipe.data.cache)
         torch.manual_seed(seed)  # the weights' start; nothing else in the run draws from torch's generator
         self.network = MaskedAutoencoder(recipe.encoder, recipe.objective, self.order.batch_size)
         self.model: nn.Module = self.network
@@ -78,13 +80,25 @@ class PretrainTask:
 
     def batches(self, start_update: int, rank: int, world: int) -> Iterator[Batch]:
         """The rank's batches from `start_update` on, without end."""
-        return iter(
+        return self._log.follow(
             open_stream(
                 self.manifest.root, self.manifest, self.order, rank=rank, world=world,
                 start_update=start_update, workers=self._recipe.engine.workers, collate=self.collate,
                 max_damage=self._recipe.data.max_damage, cache=self._recipe.data.cache,
             )
         )  # fmt: skip
+
+    def describe_data(self) -> str:
+        """What a batch holds and how often each source comes round in the run."""
+        return self._log.describe(self._recipe.engine.updates)
+
+    def data_counts(self) -> dict[str, float]:
+        """Damage, crops by source and traffic of this rank so far."""
+        return self._log.counts()
+
+    def data_notices(self) -> list[str]:
+        """Samples that proved damaged since the last call."""
+        return self._log.notices()
 
     def recipe(self) -> PretrainRecipe:
         """The resolved recipe."""
