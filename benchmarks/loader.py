@@ -367,7 +367,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="loader processes of each contestant")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    side, count, seconds, rounds = (320, 2, 1.0, 1) if args.quick else (384, 4, 4.0, 3)
+    side, count, seconds, rounds = (320, 2, 1.0, 1) if args.quick else (384, 2, 4.0, 3)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.environ["MEDFM_CACHE"] = str(root / "cache")
