@@ -408,6 +408,20 @@ def _start_worker(closing: Any, parent: int, tied: bool, _worker: int) -> None:
         if os.getppid() != parent:
             os._exit(0)
     torch.set_num_threads(1)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep what this process frees, for the next batch.
+
+    It maps large arrays one by one and gives their pages back, so that every crop and every batch meets new
+    ones: a fault for each page cost a sixth of the time of a crop.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(trim_threshold, 512 << 20)
 
 
 def open_stream(

@@ -43,12 +43,14 @@ class Traffic:
         return ", ".join([*parts, f"{self.wait_s:.1f} s waited"])
 
 
+NOTHING = Traffic()
+
+
 class Meter:
     """Adds up `Traffic`; for any number of threads."""
 
     def __init__(self) -> None:
-        self.total = Traffic()
-        self._taken = Traffic()
+        self.total = self._taken = NOTHING
         self._lock = threading.Lock()
 
     def add(self, **counts: float) -> None:
@@ -59,6 +61,8 @@ class Meter:
     def take(self) -> Traffic:
         """What was added since the last call."""
         now = self.total
+        if now is self._taken:  # as always with shards on a disk
+            return NOTHING
         new, self._taken = now - self._taken, now
         return new
 
