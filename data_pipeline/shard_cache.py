@@ -27,7 +27,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_index
 from data_pipeline.manifest import Manifest
 from data_pipeline.remote_files import PART, PATIENCE_S, TIMEOUT_S, RemoteFiles
-from data_pipeline.shard_files import OPEN_FILES, ByteSource, LocalFiles
+from data_pipeline.shard_files import ByteSource, LocalFiles
 from data_pipeline.traffic import Meter
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ FETCHED = struct.Struct("<d")  # the end of a block's file, after a byte for eac
 BELIEVED_S = 3600.0  # for which damage at the source is not looked at again
 TOUCH_S = 10.0
 OPEN_BLOCKS = 16
+PARTS = 4  # requests of one download at a time, and so many parts of 4 MiB in memory
 REMEMBERED = 1024  # downloads of this process among which one of the same block counts as a repetition
 SMALL = 8  # repetitions after which the cache counts as too small
 
@@ -77,7 +78,7 @@ def open_files(root: str | Path, manifest: Manifest, config: CacheConfig, meter:
     origin: ByteSource = (
         RemoteFiles(text, patience_s=config.patience_s, timeout_s=config.timeout_s, meter=meter)
         if "://" in text
-        else LocalFiles(text, limit=0 if config.folder else OPEN_FILES)
+        else LocalFiles(text, 0, meter) if config.folder else LocalFiles(text)
     )
     if not config.folder:
         return origin
@@ -280,8 +281,11 @@ class CachedFiles:
             )
 
     def _copy(self, shard: str, start: int, end: int, base: int, fd: int) -> None:
-        for at in range(start, end, PART):
-            put(fd, self.origin.read(shard, at, min(PART, end - at)), at - base)
+        parts = [(at, min(PART, end - at)) for at in range(start, end, PART)]
+        for first in range(0, len(parts), PARTS):
+            together = parts[first : first + PARTS]
+            for (at, _), data in zip(together, self.origin.read_many(shard, together), strict=True):
+                put(fd, data, at - base)
 
     def _intact(self, row: int, block: Block, fd: int) -> bool:
         """Whether every byte of a sample that has a checksum matches it."""

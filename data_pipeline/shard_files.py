@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from data_pipeline.remote_files import RemoteFiles
+from data_pipeline.traffic import Meter
 
 OPEN_FILES = 32  # file descriptors a reader keeps; a lane's window of shards fits
 
@@ -34,17 +35,25 @@ class LocalFiles:
     """`pread` with a bounded cache of descriptors. `pread` has no shared position, so a fork may go on using
     them.
 
-    With `limit` 0 nothing is kept open, and any number of threads may read.
+    With `limit` 0 nothing is kept open, and any number of threads may read. meter: counts the reads, if given.
     """
 
     gap = 32 << 10
 
-    def __init__(self, root: str | os.PathLike[str], limit: int = OPEN_FILES) -> None:
-        self.root, self.limit = os.fspath(root), limit
+    def __init__(
+        self, root: str | os.PathLike[str], limit: int = OPEN_FILES, meter: Meter | None = None
+    ) -> None:
+        self.root, self.limit, self.meter = os.fspath(root), limit, meter
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size) of a file; fewer at its end. OSError when it cannot be read."""
+        data = self._read(name, offset, size)
+        if self.meter is not None:
+            self.meter.add(requests=1, bytes=len(data))
+        return data
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
         fd = self._open.get(name)
         if fd is not None:
             self._open.move_to_end(name)
@@ -74,10 +83,10 @@ class LocalFiles:
             os.close(self._open.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "limit": self.limit}
+        return {"root": self.root, "limit": self.limit, "meter": self.meter}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.root, self.limit, self._open = state["root"], state["limit"], OrderedDict()
+        self.__init__(**state)  # type: ignore[misc]
 
     def __del__(self) -> None:
         self.close()
