@@ -108,6 +108,8 @@ class ShardReader:
         low = (channels[0], *map(int, origin))
         high = (channels[1], *(int(o) + int(e) for o, e in zip(origin, extent)))
         if len(low) != 4 or any(a < 0 or b > s or a >= b for a, b, s in zip(low, high, index.shape)):
+            if self._member(row, "image").shape != tuple(self.manifest.column("shape")[row]):
+                raise self._damaged(row, "idx", -1, "manifest and index differ on the shape")
             raise ValueError(
                 f"box {low}..{high} does not lie inside {member} of shape {index.shape} ({self._key(row)})"
             )
@@ -187,6 +189,8 @@ class ShardReader:
                 self._indices.popitem(last=False)
         else:
             self._indices.move_to_end(row)
+        if member not in members and self._place(row, member)[1] > 0:
+            raise self._damaged(row, "idx", -1, f"the index lacks {member}")
         if member not in members or not len(members[member].chunks):
             raise ValueError(f"sample {self._key(row)} has no member {member!r}")
         found = members[member]

@@ -122,9 +122,9 @@ def test_a_frame_whose_pieces_lie_elsewhere_is_not_indexed() -> None:
 
 
 def test_a_box_outside_is_refused(tmp_path: Path) -> None:
-    reader = ShardReader(
-        tmp_path, write_sample(tmp_path, {"image": encode(np.ones((1, 4, 4, 4), "<i2"), (1, 4, 4, 4))})
-    )
+    manifest = write_sample(tmp_path, {"image": encode(np.ones((1, 4, 4, 4), "<i2"), (1, 4, 4, 4))})
+    manifest.columns["shape"] = np.array([[1, 4, 4, 4]])
+    reader = ShardReader(tmp_path, manifest)
     for channel, origin, extent in (
         (0, (0, 0, 1), (4, 4, 4)),
         (1, (0, 0, 0), (1, 1, 1)),

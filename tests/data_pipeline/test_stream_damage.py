@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter
@@ -16,7 +17,7 @@ from stream_samples import members_of, stage, write_dataset
 
 from data_pipeline.damage import FLOOR, RECENT, DamageCount
 from data_pipeline.errors import UserError
-from data_pipeline.frame_index import write_index
+from data_pipeline.frame_index import MEMBER, PREFIX, checksum, write_index
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import MEMBERS, Manifest
 from data_pipeline.order import Order
@@ -288,6 +289,26 @@ def test_no_damaged_voxel_reaches_a_batch(dataset: Dataset, seed: int) -> None:
 
 def _holds(path: Path, data: bytes) -> bool:
     return path.is_file() and path.read_bytes() == data
+
+
+@pytest.mark.parametrize("change", ["no seg", "no image", "smaller"])
+def test_an_index_of_another_build_is_damage(dataset: Dataset, change: str) -> None:
+    """It has the key and the checksum, but not the members that the manifest tells of."""
+    for row in range(0, SAMPLES, 2):
+        offset, size = dataset.place(row, "idx")
+        shard = dataset.shards[dataset.manifest.value(row, "shard")]
+        body = bytearray(shard[offset : offset + size - 8])
+        members = np.frombuffer(body, MEMBER, PREFIX.unpack_from(body)[2], PREFIX.size)
+        if change == "smaller":
+            members["shape"][:] = np.maximum(1, members["shape"] - 9)
+        else:
+            members["name"][members["name"] == change.split()[1].encode()] = b"other"
+        data = bytes(body) + checksum(bytes(body)).to_bytes(8, "little")
+        Corruption(dataset, np.random.default_rng(0)).write(row, offset, data)
+    with dataset.stream(labelled=True) as stream:
+        for crop in itertools.chain.from_iterable(itertools.islice(stream, 30)):
+            dataset.check(crop, labelled=True)
+        assert set(stream.damage) == {dataset.keys[row] for row in range(0, SAMPLES, 2)}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
