@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from data_pipeline.damage import DamageShare
 from data_pipeline.order import Order
 from data_pipeline.shard_cache import CacheConfig
 from data_pipeline.stream import Stream
@@ -13,17 +15,22 @@ from data_pipeline.stream import Stream
 class StreamLog:
     """Follows the stream of one rank; `open_stream` may be called again, counts start anew then.
 
-    fetches: the shards lie in a store or go through a cache, so that traffic says something.
+    max_damage: share of the crops of all ranks that may come from damaged samples, of the last hundred
+    thousand or so and of at least a thousand. A rank by itself draws from a part of the shards, so that one
+    bad shard is a large share of it.
     """
 
-    def __init__(self, order: Order, root: str, cache: CacheConfig) -> None:
-        self.order, self.fetches = order, "://" in root or bool(cache.folder)
+    def __init__(self, order: Order, root: str, cache: CacheConfig, max_damage: float) -> None:
+        #: The shards lie in a store or go through a cache, so that traffic says something.
+        self.fetches = "://" in root or bool(cache.folder)
+        self.order, self._share = order, DamageShare(max_damage, root)
+        self._judged = 0, 0  # crops of all ranks, and those replaced
         self._stream: Stream[Any] | None = None
         self._named: set[str] = set()
 
     def follow(self, stream: Stream[Any]) -> Stream[Any]:
         """Take the counts from this stream from now on; returns it."""
-        self._stream = stream
+        self._stream, self._judged = stream, (0, 0)
         return stream
 
     def describe(self, updates: int) -> str:
@@ -50,6 +57,13 @@ class StreamLog:
             counts["fetch/MB"] = traffic.pop("bytes") / 1e6
             counts |= {f"fetch/{name}": float(value) for name, value in traffic.items()}
         return counts
+
+    def check(self, sums: Mapping[str, float]) -> None:
+        """Judge `counts` summed over ranks: UserError, on all of them, where too many crops were damaged."""
+        crops = int(sum(sums[f"crops/{name}"] for name in self.order.sources))
+        damaged = int(sums["damaged_crops"])
+        before, self._judged = self._judged, (crops, damaged)
+        self._share.add(crops - before[0], damaged - before[1], "; each is named in the log of its rank")
 
     def notices(self) -> list[str]:
         """A line for each sample that proved damaged since the last call."""

@@ -36,8 +36,9 @@ class Task(Protocol):
     Iterable[nn.Module]`, `model.calls_vary = True` where the number or order of calls of its parts
     depends on the data (ZeRO 3 gathers a part's weights from all ranks at its call, so it is refused);
     `describe_data() -> str`, said at the start; `data_counts() -> dict[str, float]` of this process so far,
-    the same names on all ranks, summed over them and logged as `data/NAME`; `data_notices() ->
-    list[str]`, what is new since the last call, for the rank's own log.
+    the same names on all ranks, summed over them and logged as `data/NAME`; `check_data(sums)`, given
+    those sums on every rank alike, raises `UserError` to end the run; `data_notices() -> list[str]`, what is
+    new since the last call, for the rank's own log.
     """
 
     model: nn.Module

@@ -237,10 +237,11 @@ class _Loop:
         for notice in _hook(self.task, "data_notices", []):
             self.logs.event("data", text=notice)
         counts = _hook(self.task, "data_counts", {})
-        if counts:
-            sums = self.world.sum(list(counts.values()))
-            values |= {f"data/{name}": total for name, total in zip(counts, sums, strict=True)}
+        sums = dict(zip(counts, self.world.sum(list(counts.values())), strict=True)) if counts else {}
+        values |= {f"data/{name}": total for name, total in sums.items()}
         self.logs.scalars(self.progress.update, values)
+        if sums:
+            _hook(self.task, "check_data", None, sums)
 
     def _evaluate(self) -> None:
         """Evaluation and pictures; training goes on as if they had not been."""
@@ -296,10 +297,10 @@ class _Loop:
         self.logs.event("checkpoint", name=folder.name, seconds=round(time.perf_counter() - began, 3))
 
 
-def _hook(task: Task, name: str, otherwise: Any) -> Any:
+def _hook(task: Task, name: str, otherwise: Any, *arguments: Any) -> Any:
     """What an optional hook of a task returns."""
     hook = getattr(task, name, None)
-    return otherwise if hook is None else hook()
+    return otherwise if hook is None else hook(*arguments)
 
 
 def _open_run(run: Path, world: World) -> int:

@@ -79,7 +79,7 @@ class FinetuneTask:
             seed=recipe.engine.seed, window=recipe.head.window,
         )  # fmt: skip
         self.samples_per_update = self.order.batch_size
-        self._log = StreamLog(self.order, recipe.data.root, recipe.data.cache)
+        self._log = StreamLog(self.order, recipe.data.root, recipe.data.cache, recipe.data.max_damage)
         self.model: nn.Module = ClickTraining(
             self.net, recipe.prompts, self.samples_per_update, recipe.engine.seed
         )
@@ -112,7 +112,7 @@ class FinetuneTask:
             open_stream(
                 self._recipe.data.root, self.manifest, self.order, rank=rank, world=world,
                 start_update=start_update, workers=self._recipe.engine.workers, collate=collate,
-                with_seg=True, all_channels=True, max_damage=self._recipe.data.max_damage,
+                with_seg=True, all_channels=True, max_damage=1.0,
                 cache=self._recipe.data.cache,
             )
         )  # fmt: skip
@@ -124,6 +124,10 @@ class FinetuneTask:
     def data_counts(self) -> dict[str, float]:
         """Damage, crops by source and traffic of this rank so far."""
         return self._log.counts()
+
+    def check_data(self, sums: Mapping[str, float]) -> None:
+        """End the run where too large a share of the crops of all ranks is damaged."""
+        self._log.check(sums)
 
     def data_notices(self) -> list[str]:
         """Samples that proved damaged since the last call."""

@@ -50,7 +50,7 @@ class PretrainTask:
                 f"encoder.patch has no stem for {', '.join(sorted(missing))}, which {recipe.data.root} holds"
             )
         self.samples_per_update = self.order.batch_size
-        self._log = StreamLog(self.order, recipe.data.root, recipe.data.cache)
+        self._log = StreamLog(self.order, recipe.data.root, recipe.data.cache, recipe.data.max_damage)
         torch.manual_seed(seed)  # the weights' start; nothing else in the run draws from torch's generator
         self.network = MaskedAutoencoder(recipe.encoder, recipe.objective, self.order.batch_size)
         self.model: nn.Module = self.network
@@ -84,7 +84,7 @@ class PretrainTask:
             open_stream(
                 self.manifest.root, self.manifest, self.order, rank=rank, world=world,
                 start_update=start_update, workers=self._recipe.engine.workers, collate=self.collate,
-                max_damage=self._recipe.data.max_damage, cache=self._recipe.data.cache,
+                max_damage=1.0, cache=self._recipe.data.cache,
             )
         )  # fmt: skip
 
@@ -95,6 +95,10 @@ class PretrainTask:
     def data_counts(self) -> dict[str, float]:
         """Damage, crops by source and traffic of this rank so far."""
         return self._log.counts()
+
+    def check_data(self, sums: Mapping[str, float]) -> None:
+        """End the run where too large a share of the crops of all ranks is damaged."""
+        self._log.check(sums)
 
     def data_notices(self) -> list[str]:
         """Samples that proved damaged since the last call."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from stream_samples import stage, write_dataset
 
+from data_pipeline.errors import UserError
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
@@ -34,19 +35,19 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Order:
     )
 
 
-def opened(log: StreamLog, order: Order, cache: CacheConfig, max_damage: float = 1.0) -> Stream[Any]:
+def opened(log: StreamLog, order: Order, cache: CacheConfig) -> Stream[Any]:
     manifest = order.manifest
     assert isinstance(manifest, Manifest)
     return log.follow(
         open_stream(
             manifest.root, manifest, order, rank=0, world=1, start_update=0, workers=0,
-            collate=lambda update, group, crops: crops, max_damage=max_damage, cache=cache,
+            collate=lambda update, group, crops: crops, max_damage=1.0, cache=cache,
         )
     )  # fmt: skip
 
 
 def test_a_run_is_told_how_often_its_sources_come_round(order: Order) -> None:
-    text = StreamLog(order, "shards", CacheConfig()).describe(updates=400)
+    text = StreamLog(order, "shards", CacheConfig(), 1.0).describe(updates=400)
     assert order.describe() in text
     crops = 400 * order.batch_size
     for name, share, counts in zip(order.sources, order.weights, order.counts):
@@ -54,7 +55,7 @@ def test_a_run_is_told_how_often_its_sources_come_round(order: Order) -> None:
 
 
 def test_counts_of_a_local_stream(order: Order) -> None:
-    log = StreamLog(order, "shards", CacheConfig())
+    log = StreamLog(order, "shards", CacheConfig(), 1.0)
     assert log.counts() == {}
     with opened(log, order, CacheConfig()) as stream:
         list(islice(stream, 9))
@@ -67,7 +68,7 @@ def test_counts_of_a_local_stream(order: Order) -> None:
 
 def test_a_cache_reports_its_traffic(order: Order, tmp_path: Path) -> None:
     cache = CacheConfig(folder=str(tmp_path / "blocks"), gb=1.0)
-    log = StreamLog(order, str(tmp_path / "shards"), cache)
+    log = StreamLog(order, str(tmp_path / "shards"), cache, 1.0)
     with opened(log, order, cache) as stream:
         list(islice(stream, 60))
     counts = log.counts()
@@ -86,10 +87,31 @@ def test_a_damaged_sample_is_named_once(order: Order, tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(manifest.value(row, "idx_offset"))
         file.write(b"broken")
-    log = StreamLog(order, "shards", CacheConfig())
+    log = StreamLog(order, "shards", CacheConfig(), 1.0)
     with opened(log, order, CacheConfig()) as stream:
         list(islice(stream, 3))
         assert [manifest.value(row, "key") in line for line in log.notices()] == [True]
         list(islice(stream, 60))
         assert log.notices() == []
     assert log.counts()["damaged_crops"] >= 1
+
+
+def test_damage_is_judged_over_all_ranks(order: Order) -> None:
+    """One bad shard is 4 % of one rank of eight, and nothing to end a run for; 4 % of all is."""
+    name = order.sources[0]
+
+    def of_ranks(crops: float, damaged: float) -> dict[str, float]:
+        return {f"crops/{other}": 0.0 for other in order.sources} | {
+            f"crops/{name}": crops, "damaged_crops": damaged
+        }  # fmt: skip
+
+    log = StreamLog(order, "shards", CacheConfig(), 0.01)
+    for step in range(1, 50):
+        log.check(of_ranks(8000 * step, 40 * step))
+    steps = (of_ranks(8000 * (49 + step), 40 * 49 + 320 * step) for step in range(1, 50))
+    with pytest.raises(UserError, match=r"samples \(allowed: 1.00%.*shards verify shards") as said:
+        list(map(log.check, steps))
+    assert "\n" not in str(said.value)
+    log = StreamLog(order, "shards", CacheConfig(), 0.01)
+    with pytest.raises(UserError):
+        log.check(of_ranks(8000, 81))

@@ -118,6 +118,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *(words(root / f"quiet-{s}", s, "fp32", *NAN) for s in (1, 3)),
             *(words(root / f"move-{s}", s, "fp32", *stop, "3") for s in range(4)),
             words(root / "calm-2", 1, "bf16"),
+            words(root / "spoilt", 1, "fp32", "--most_groups", "10"),
             words(root / "frozen", 3, "fp32", "--frozen_part", *stop, "4"),
             words(root / "frozen", 1, "fp32", "--frozen_part"),
         ],
@@ -234,6 +235,18 @@ def test_what_the_data_do_is_said_and_counted_over_all_ranks(runs: Path) -> None
         said = [e["text"] for e in events if e["event"] == "message"]
         assert said[:2] == ["toy data", "without end"]
         assert any(e["event"] == "data" and "groups so far" in e["text"] for e in events)
+
+
+def test_data_that_are_not_fit_end_the_run_on_every_rank(runs: Path) -> None:
+    """Counts of all ranks decide: the others would wait for a rank that ends by itself."""
+    run = runs / "spoilt"
+    verdict = read_verdict(run)
+    assert verdict is not None
+    assert (verdict.state, verdict.kind, verdict.message) == ("failed", "user", "12 groups are too many")
+    assert list(losses(run)) == [1, 2, 3, 4]
+    for rank in range(2):
+        lines = (run / "logs" / f"rank-{rank:03d}.jsonl").read_text().splitlines()
+        assert sum("groups so far" in line for line in lines) == 4
 
 
 def test_another_architecture_is_one_line(runs: Path) -> None:

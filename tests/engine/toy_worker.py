@@ -22,6 +22,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.recipe import EngineConfig, Frozen, free, load_recipe
 from engine.train import train
 from engine.verdict import run_worker
@@ -36,6 +37,7 @@ class ToyRecipe(Frozen):
     frozen_part: bool = False  # one stem is not trained
     die_at: int = free(-1, "position before which the last rank signals itself, once in a run folder")
     die_with: str = free("SIGKILL", "that signal")
+    most_groups: int = free(-1, "groups of all ranks after which the data end the run; -1 for none")
     sleep: float = free(0.0, "seconds a batch takes")
 
 
@@ -109,6 +111,10 @@ class ToyTask:
 
     def data_counts(self) -> dict[str, float]:
         return {"groups": float(self.groups)}
+
+    def check_data(self, sums: Mapping[str, float]) -> None:
+        if 0 <= self.the_recipe.most_groups < sums["groups"]:
+            raise UserError(f"{sums['groups']:.0f} groups are too many")
 
     def data_notices(self) -> list[str]:
         return [f"{self.groups} groups so far"]
