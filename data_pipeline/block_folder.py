@@ -11,6 +11,7 @@ its last use, the time of access 0 until its first. The blocks used longest ago 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
@@ -48,7 +49,7 @@ class BlockFolder:
     """Blocks by name (`DATASET/NAME`), at most `limit` bytes of them with those being written.
 
     A block that a process still has open when it is deleted takes up space until that process opens another.
-    Picklable; for any number of threads and processes.
+    Picklable; for any number of threads and processes. `open`, `keep` and `drop` raise `DiskFault`.
     """
 
     def __init__(self, folder: Path, limit: int, meter: Meter | None = None) -> None:
@@ -63,6 +64,7 @@ class BlockFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._ledger() as ledger:
+                self._try_locks()
                 trial = self.folder / f"trial-{os.getpid()}"
                 trial.write_bytes(b"1")
                 trial.unlink()
@@ -83,32 +85,41 @@ class BlockFolder:
                 shown(self.folder), self.limit / 1e9, room / 1e9,
             )  # fmt: skip
 
+    def _try_locks(self) -> None:
+        """OSError where a second lock of the ledger is had at once, as on some network file systems."""
+        fd = os.open(self.folder / "ledger", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if _locked(fd):
+                raise OSError(errno.ENOLCK, "its file locks do not hold")
+        finally:
+            os.close(fd)
+
     def open(self, name: str, size: int) -> int | None:
         """A descriptor for reading a block, now the last used; None if it is not there in its size."""
-        try:
-            fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        if os.fstat(fd).st_size != size:
-            os.close(fd)
-            self.drop(name)
-            return None
-        with suppress(OSError):
-            os.utime(fd)
-        return fd
+        with disk():
+            try:
+                fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            if os.fstat(fd).st_size != size:
+                os.close(fd)
+                self.drop(name)
+                return None
+            with suppress(OSError):
+                os.utime(fd)
+            return fd
 
     def keep(self, name: str) -> bool:
         """Whether a block is there; if so, it goes as late as one just used, without counting as used."""
         path = self._path(name)
-        try:
+        with disk(), suppress(FileNotFoundError):
             os.utime(path, ns=(os.stat(path).st_atime_ns, time.time_ns()))
-        except FileNotFoundError:
-            return False
-        return True
+            return True
+        return False
 
     def drop(self, name: str) -> None:
         """Delete a block, if it is there."""
-        with suppress(FileNotFoundError), self._ledger() as ledger:
+        with disk(), suppress(FileNotFoundError), self._ledger() as ledger:
             size = os.stat(self._path(name)).st_size
             os.unlink(self._path(name))
             self._note(ledger, self._noted(ledger) - size)
@@ -120,39 +131,42 @@ class BlockFolder:
         here and leaves nothing behind. True: the block was there or is now. False: there is no room for
         it, or the disk failed; that is logged once.
         """
-        path = self._path(name)
-        partial = path.with_suffix(PARTIAL)
         for again in (False, True):
             try:
-                with _disk():
-                    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    fd = _claim(path, partial, wait_s)
-            except DiskFault as fault:
-                return self._disk_failed(fault)
-            if fd is None:
-                return True
-            try:
-                if not self._reserve(fd, size):
-                    self.say("room", f"no room for {size / 1e6:.1f} MB, read past it: raise data.cache.gb")
-                    return False
-                write(fd)
-                with _disk(), self._ledger():
-                    os.utime(fd, ns=(0, time.time_ns()))
-                    os.rename(partial, path)
-                return True
+                return self._fill(self._path(name), size, write, wait_s)
             except DiskFault as fault:
                 problem = fault
-            finally:
-                self._let_go(fd, partial)
-            if again or not self._shrink(2 * size):
-                break
-        return self._disk_failed(problem)
+            with suppress(DiskFault):
+                if not again and self._shrink(2 * size):
+                    continue
+            break
+        return self.failed(problem)
+
+    def _fill(self, path: Path, size: int, write: Callable[[int], None], wait_s: float) -> bool:
+        partial = path.with_suffix(PARTIAL)
+        with disk():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd = _claim(path, partial, wait_s)
+        if fd is None:
+            return True
+        try:
+            if not self._reserve(fd, size):
+                self.say("room", f"no room for {size / 1e6:.1f} MB, read past it: raise data.cache.gb")
+                return False
+            write(fd)
+            with disk(), self._ledger():
+                os.utime(fd, ns=(0, time.time_ns()))
+                os.rename(partial, path)
+            return True
+        finally:
+            self._let_go(fd, partial)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{BLOCK}"
 
-    def _disk_failed(self, fault: DiskFault) -> bool:
-        self.say("disk", f"the cache cannot be written ({fault.reason}); shards are read past it")
+    def failed(self, fault: DiskFault) -> bool:
+        """Log that the disk fails; false."""
+        self.say("disk", f"the cache cannot be used ({fault.reason}); shards are read past it")
         return False
 
     def say(self, kind: str, text: str) -> None:
@@ -169,7 +183,7 @@ class BlockFolder:
 
     def _reserve(self, fd: int, size: int) -> bool:
         """Set aside `size` bytes for a file being written, deleting what was used longest ago."""
-        with _disk(), self._ledger() as ledger:
+        with disk(), self._ledger() as ledger:
             before = os.fstat(fd).st_size  # of a dead process's attempt, counted already
             used = self._noted(ledger)
             if used < 0 or used - before + size > self.limit:
@@ -192,7 +206,7 @@ class BlockFolder:
 
     def _shrink(self, size: int) -> bool:
         """Make room on a full disk; whether anything could go."""
-        with self._ledger() as ledger:
+        with disk(), self._ledger() as ledger:
             used = self._make_room(0)
             less = self._make_room(0, min(used - size, int(used * (1 - SLACK))))
             self._note(ledger, less)
@@ -207,14 +221,15 @@ class BlockFolder:
         """Delete leftovers, then the blocks used longest ago until `size` more bytes fit (with some slack) or
         `goal` is reached. Returns the bytes in use. The ledger is locked."""
         blocks: list[tuple[int, int, bool, str]] = []
-        used = 0
+        used, now = 0, time.time_ns()
         for entry in self._files():
             with suppress(FileNotFoundError):
                 status = entry.stat()
                 if entry.name.endswith(PARTIAL):
                     used += 0 if _removed_if_left(entry.path) else status.st_size
                 elif entry.name.endswith(BLOCK):
-                    blocks.append((status.st_mtime_ns, status.st_size, status.st_atime_ns == 0, entry.path))
+                    used_at = status.st_mtime_ns if status.st_mtime_ns <= now else 0  # the clock was set back
+                    blocks.append((used_at, status.st_size, status.st_atime_ns == 0, entry.path))
                     used += status.st_size
         if goal is None:
             spare = 0 if used + size <= self.limit else max(size, int(SLACK * self.limit))
@@ -263,7 +278,8 @@ class BlockFolder:
 
 
 @contextmanager
-def _disk() -> Iterator[None]:
+def disk() -> Iterator[None]:
+    """What goes wrong inside is a `DiskFault`: of the cache, not of the shards."""
     try:
         yield
     except OSError as error:
@@ -273,7 +289,7 @@ def _disk() -> Iterator[None]:
 def put(fd: int, data: bytes, offset: int) -> None:
     """Write into a block being filled."""
     done = 0
-    with _disk():
+    with disk():
         while done < len(data):
             done += os.pwrite(fd, memoryview(data)[done:], offset + done)
 

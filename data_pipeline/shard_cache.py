@@ -21,9 +21,9 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipeline.block_folder import BlockFolder, put
+from data_pipeline.block_folder import BlockFolder, DiskFault, disk, put
 from data_pipeline.blocks import Block, Blocks
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, shown
 from data_pipeline.frame_index import IndexDamaged, MemberIndex, checksum, read_index
 from data_pipeline.manifest import Manifest
 from data_pipeline.remote_files import PART, PATIENCE_S, TIMEOUT_S, RemoteFiles
@@ -78,7 +78,9 @@ def open_files(root: str | Path, manifest: Manifest, config: CacheConfig, meter:
     origin: ByteSource = (
         RemoteFiles(text, patience_s=config.patience_s, timeout_s=config.timeout_s, meter=meter)
         if "://" in text
-        else LocalFiles(text, 0, meter) if config.folder else LocalFiles(text)
+        else LocalFiles(text, 0, meter)
+        if config.folder
+        else LocalFiles(text)
     )
     if not config.folder:
         return origin
@@ -118,15 +120,19 @@ class CachedFiles:
         Raises FileNotFoundError for a shard that is missing, `UserError` where the store stays away.
         """
         block = self.blocks.at(name, offset)
-        for _ in range(2):
-            fd = self._descriptor(block)
-            if fd is None:
-                self.meter.add(uncached=1)
-                break
-            data = os.pread(fd, size, offset - block.start)
-            if len(data) == size:
-                return data
-            self._drop(block)  # cut short since it was opened
+        try:
+            for _ in range(2):
+                fd = self._descriptor(block)
+                if fd is None:
+                    break
+                with disk():
+                    data = os.pread(fd, size, offset - block.start)
+                if len(data) == size:
+                    return data
+                self._drop(block)  # cut short since it was opened
+        except DiskFault as fault:
+            self.folder.failed(fault)
+        self.meter.add(uncached=1)
         return self.origin.read(name, offset, size)
 
     def read_many(self, name: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
@@ -139,14 +145,20 @@ class CachedFiles:
         block = self.blocks.at(name, offset)
         self._here()
         held = self._open.pop((block.shard, block.start), None)
-        fd = self._open_block(block) if held is None else held[0]
-        if fd is not None:
-            known = self._known_damaged(block, fd, offset)
-            os.close(fd)
-            if known:
-                return False
-        self.meter.add(damaged=1)
-        self.folder.drop(_name(self.manifest, block))
+        try:
+            fd = self._open_block(block) if held is None else held[0]
+            if fd is not None:
+                known = self._known_damaged(block, fd, offset)
+                os.close(fd)
+                if known:
+                    return False
+            self.meter.add(damaged=1)
+            self.folder.drop(_name(self.manifest, block))
+        except DiskFault as fault:
+            raise UserError(
+                f"{shown(self.folder.folder)}: holds a damaged block, and its disk fails ({fault.reason}); "
+                "give another data.cache.folder"
+            ) from fault
         return True
 
     def expect(self, block: Block) -> None:
@@ -227,7 +239,8 @@ class CachedFiles:
 
     def _known_damaged(self, block: Block, fd: int, offset: int) -> bool:
         """Whether a sample was damaged when its block came, lately."""
-        end = os.pread(fd, len(block.rows) + FETCHED.size, block.size)
+        with disk():
+            end = os.pread(fd, len(block.rows) + FETCHED.size, block.size)
         if len(end) < len(block.rows) + FETCHED.size:
             return False
         number = next(n for n, row in enumerate(block.rows) if self.blocks.span(row)[1] > offset)
@@ -292,7 +305,8 @@ class CachedFiles:
         places = self.blocks.places(row)
 
         def bytes_of(member: str, offset: int, size: int) -> bytes:
-            return os.pread(fd, size, places[member][0] + offset - block.start)
+            with disk():
+                return os.pread(fd, size, places[member][0] + offset - block.start)
 
         try:
             index = read_index(bytes_of("idx", 0, places["idx"][1]), self.manifest.value(row, "key"))

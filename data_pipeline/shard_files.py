@@ -35,7 +35,7 @@ class LocalFiles:
     """`pread` with a bounded cache of descriptors. `pread` has no shared position, so a fork may go on using
     them.
 
-    With `limit` 0 nothing is kept open, and any number of threads may read. meter: counts the reads, if given.
+    With `limit` 0 nothing is kept open, and any number of threads may read. meter: counts the reads.
     """
 
     gap = 32 << 10

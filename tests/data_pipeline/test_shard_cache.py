@@ -356,6 +356,51 @@ def test_a_disk_that_takes_nothing(
     assert not on_disk(tmp_path)
 
 
+def test_a_disk_that_fails_is_no_damage(
+    root: Path, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder has the name of a block: it cannot be read, and cannot be deleted."""
+    files = cached(root, server, tmp_path)
+    place = members(root)[0]
+    assert right(root, files, [place])
+    [path] = on_disk(tmp_path)
+    files.close()
+    path.unlink()
+    path.mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert right(root, files)
+    assert ["the cache cannot be used" in r.message for r in caplog.records] == [True]
+    assert files.meter.total.uncached == 10  # the members of a shard
+    with pytest.raises(UserError, match=r"its disk fails.*data\.cache\.folder"):
+        files.renew(*place[:2])
+
+
+def test_locks_that_do_not_hold_are_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_folder.fcntl, "flock", lambda fd, how: None)
+    with pytest.raises(UserError, match="locks do not hold"):
+        cached(root, root, tmp_path)
+
+
+def test_blocks_used_before_the_clock_was_set_back_go_first(
+    root: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    sizes = [p.stat().st_size for p in sorted(root.glob("*.tar"))]
+    files = cached(root, server, tmp_path, gb=sum(sizes[:4]) * 1.06 / 1e9)
+    firsts = list({shard: (shard, offset, 8) for shard, offset, _ in reversed(members(root))}.values())[::-1]
+    for place in firsts[:4]:
+        assert right(root, files, [place])
+    files.close()
+    early = on_disk(tmp_path)[:2]
+    for path in early:
+        os.utime(path, (time.time() + 3600,) * 2)
+    assert right(root, files, firsts[4:6])
+    assert not any(path.exists() for path in early)
+    assert right(root, files, firsts[2:4])
+    assert max(downloads(server).values()) == 1
+
+
 def test_a_disk_that_fills_up_keeps_what_fits(
     root: Path,
     server: FaultyServer,
