@@ -269,8 +269,9 @@ class Stream(Generic[Batch]):
         prefetch: int,
         damage: DamageCount,
         slots: BatchSlots | None,
+        shards: ShardReader,
     ) -> None:
-        self._damage, self._slots = damage, slots
+        self._damage, self._slots, self._shards = damage, slots, shards
         self.drawn: dict[str, int] = {}
         self.epochs: dict[str, int] = {}
         self.traffic = Traffic()
@@ -295,12 +296,10 @@ class Stream(Generic[Batch]):
             **options,
         )
         if workers:
-            # Collections here or in a worker leave what there is alone, or the pages that they share would
-            # one by one become copies. Undone when the stream is closed.
-            gc.freeze()
+            _freeze(1)
         self._items: Any = iter(loader)
         # At exit, too, and before multiprocessing waits for children that ignore its SIGTERM.
-        self._end = partial(_allow_end, self._closing)
+        self._end = partial(_allow_end, self._closing, os.getpid())
         atexit.register(self._end)
         weakref.finalize(self, self._end)
 
@@ -374,10 +373,11 @@ class Stream(Generic[Batch]):
             signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
     def close(self) -> None:
-        """End the workers; a second call does nothing."""
+        """End the workers and close files; a second call does nothing."""
         self._end()
         atexit.unregister(self._end)
         self._items = self._slots = None
+        self._shards.close()  # without workers they were read, and fetched ahead, here
 
     def __enter__(self) -> Stream[Batch]:
         return self
@@ -386,9 +386,24 @@ class Stream(Generic[Batch]):
         self.close()
 
 
-def _allow_end(closing: Any) -> None:
-    if closing is not None and not closing.value:
+def _allow_end(closing: Any, owner: int) -> None:
+    if closing is not None and not closing.value and os.getpid() == owner:  # not for a forked copy
         closing.value = 1
+        _freeze(-1)
+
+
+_frozen_for = 0
+
+
+def _freeze(streams: int) -> None:
+    """Streams with workers that were opened or closed. While there are any, collections here or in a worker
+    leave alone what there was before the first, or the pages that they share would one by one become copies.
+    """
+    global _frozen_for
+    before, _frozen_for = _frozen_for, _frozen_for + streams
+    if not before:
+        gc.freeze()
+    elif not _frozen_for:
         gc.unfreeze()
 
 
@@ -457,6 +472,7 @@ def open_stream(
     """
     cache, meter = cache or CacheConfig(), Meter()
     files = open_files(root, manifest, cache, meter)
+    meter.take()  # of making room there, or every worker would tell of it
     shards = ShardReader(root, manifest, files)
     reader = _Reader(shards, manifest, order, collate, with_seg, all_channels, meter)
     stages: list[Any] = [_Source(lanes_of(rank, world, order.groups), start_update)]
@@ -469,4 +485,4 @@ def open_stream(
         stages.append(partial(reader.send, slots))
     damage = DamageCount(max_damage, manifest.root)
     manifest.release()  # of what the order read
-    return Stream(wds.DataPipeline(*stages), workers, prefetch, damage, slots)
+    return Stream(wds.DataPipeline(*stages), workers, prefetch, damage, slots, shards)

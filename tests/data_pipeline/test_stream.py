@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from data_pipeline.geometry import TokenConfig, level_factors
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order, lanes_of
 from data_pipeline.schedule import MixtureConfig
+from data_pipeline.shard_cache import CacheConfig
 from data_pipeline.storage import block_mean
 from data_pipeline.stream import Crop, Stream, open_stream
 
@@ -290,6 +292,44 @@ def test_workers_end_with_their_parent(root: Path, end: str) -> None:
     _, alive = psutil.wait_procs(watched, timeout=60)
     assert not alive
     parent.stdout.close()
+
+
+def test_two_streams_at_once(root: Path) -> None:
+    """A held-out evaluation inside training: the heap stays frozen until the last worker is gone."""
+    plain = take(a_stream(root), 12)
+    assert gc.get_freeze_count() == 0
+    first = a_stream(root, workers=1)
+    early = list(itertools.islice(first, 5))
+    frozen = gc.get_freeze_count()
+    assert frozen > 0
+    second = a_stream(root, workers=1, start=2)
+    assert same(plain[6:9], take(second, 3))
+    second.close()
+    assert 0 < gc.get_freeze_count() <= frozen
+    assert same(plain, early + list(itertools.islice(first, 7)))
+    first.close()
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_cached_stream_in_this_process_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    """Closed in the middle of fetching ahead, and read from no more."""
+    take(a_stream(root), 1)
+    gc.collect()
+    before, threads = psutil.Process().num_fds(), threading.active_count()
+    for _ in range(3):
+        stream = a_stream(root, cache=CacheConfig(folder=str(tmp_path), gb=0.002))
+        next(stream)
+        assert "medfm-fetch" in {thread.name for thread in threading.enumerate()}
+        stream.close()
+        stream.close()
+        assert next(stream, None) is None
+    del stream  # with its manifest
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
+    assert psutil.Process().num_fds() == before
 
 
 def test_memory_stays_flat(root: Path) -> None:
