@@ -87,7 +87,7 @@ class BlockFolder:
 
     def _try_locks(self) -> None:
         """OSError where a second lock of the ledger is had at once, as on some network file systems."""
-        fd = os.open(self.folder / "ledger", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(f"{self.folder}/ledger", os.O_RDWR | os.O_CLOEXEC)
         try:
             if _locked(fd):
                 raise OSError(errno.ENOLCK, "its file locks do not hold")
@@ -142,10 +142,10 @@ class BlockFolder:
             break
         return self.failed(problem)
 
-    def _fill(self, path: Path, size: int, write: Callable[[int], None], wait_s: float) -> bool:
-        partial = path.with_suffix(PARTIAL)
+    def _fill(self, path: str, size: int, write: Callable[[int], None], wait_s: float) -> bool:
+        partial = path.removesuffix(BLOCK) + PARTIAL
         with disk():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             fd = _claim(path, partial, wait_s)
         if fd is None:
             return True
@@ -161,8 +161,9 @@ class BlockFolder:
         finally:
             self._let_go(fd, partial)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}{BLOCK}"
+    def _path(self, name: str) -> str:
+        """As text: `Path` interns every part, and over a long run the table of interned strings doubles."""
+        return f"{self.folder}/{name}{BLOCK}"
 
     def failed(self, fault: DiskFault) -> bool:
         """Log that the disk fails; false."""
@@ -194,7 +195,7 @@ class BlockFolder:
             self._note(ledger, used - before + size if fits else used)
             return fits
 
-    def _let_go(self, fd: int, partial: Path) -> None:
+    def _let_go(self, fd: int, partial: str) -> None:
         """Unlock and close; what was not finished is deleted."""
         with suppress(OSError):  # a failing disk: the next process that needs room deletes it
             if _is_at(fd, partial):
@@ -260,7 +261,7 @@ class BlockFolder:
     def _ledger(self) -> Iterator[int]:
         """The locked ledger. Every change of the folder's bytes and names happens inside, so that a listing
         sees each file once."""
-        fd = os.open(self.folder / "ledger", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(f"{self.folder}/ledger", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield fd
@@ -294,15 +295,15 @@ def put(fd: int, data: bytes, offset: int) -> None:
             done += os.pwrite(fd, memoryview(data)[done:], offset + done)
 
 
-def _claim(path: Path, partial: Path, wait_s: float) -> int | None:
+def _claim(path: str, partial: str, wait_s: float) -> int | None:
     """A locked descriptor of `partial`, or None once another process has made `path`."""
     deadline = time.monotonic() + wait_s
     while True:
-        if path.exists():
+        if os.path.exists(path):
             return None
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if _locked(fd) and _is_at(fd, partial):
-            if not path.exists():
+            if not os.path.exists(path):
                 return fd
             os.unlink(partial)  # made by this call after the other one's was renamed
         fcntl.flock(fd, fcntl.LOCK_UN)
@@ -323,7 +324,7 @@ def _locked(fd: int) -> bool:
     return True
 
 
-def _is_at(fd: int, path: str | Path) -> bool:
+def _is_at(fd: int, path: str) -> bool:
     """Whether a descriptor's file is the one that lies at `path`."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
