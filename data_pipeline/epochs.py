@@ -39,13 +39,16 @@ class Cell:
         """Row and epoch of another sample in place of the lane's n-th, for attempts from 1 on.
 
         The first four are the ones that follow in the same epoch, which a cache holds or is about to; then
-        anywhere in the epoch, since a whole shard may be gone.
+        anywhere in the epoch, since a whole shard may be gone. It is never the lane's n-th itself, unless the
+        cell has no other.
         """
         epoch, place = self._reached(lane, n)
         low, high = self.lane_range(lane)
         size = high - low
-        step = attempt if attempt <= 4 else 4 + (attempt - 4) * size // 8
-        return self._row(lane, epoch, (place + step) % size), epoch
+        if size == 1:
+            return self._row(lane, epoch, place), epoch
+        step = attempt if attempt <= 4 else 4 + (attempt - 4) * max(1, size // 8)
+        return self._row(lane, epoch, (place + 1 + (step - 1) % (size - 1)) % size), epoch
 
     def _reached(self, lane: int, n: int) -> tuple[int, int]:
         low, high = self.lane_range(lane)

@@ -153,9 +153,8 @@ class Order:
         ks = [self.tokens.classes[c % classes] for c in codes.tolist()]
 
         present = counts.any(axis=1)
-        natural = (self.wanted[present, None] * counts[present] / counts[present].sum(axis=1)[:, None]).sum(
-            axis=0
-        )
+        by_source = self.wanted[present, None] * counts[present] / counts[present].sum(axis=1)[:, None]
+        natural = np.array([math.fsum(column) for column in by_source.T])  # rounded alike everywhere
         joins = merge_rare(kinds, ks, natural.tolist(), self.mixture.rows_per_group)
         left = sorted(set(joins))
         self.merged = [
@@ -164,7 +163,7 @@ class Order:
         into = np.array([left.index(j) for j in joins])
         self.counts = np.stack([counts[:, into == c].sum(axis=1) for c in range(len(left))], axis=1)
         per_group = compose(
-            [float(natural[into == c].sum()) for c in range(len(left))],
+            [math.fsum(natural[into == c]) for c in range(len(left))],
             [ks[c] for c in left],
             self.mixture.rows_per_group or len(joins),
         )

@@ -67,7 +67,7 @@ def largest_remainder(shares: Sequence[float] | np.ndarray, total: int, least: i
     free = np.ones(len(weight), dtype=bool)
     while True:
         room = total - int(counts[~free].sum())
-        quota = weight * (room / weight[free].sum()) if free.any() else weight
+        quota = weight * (room / math.fsum(weight[free])) if free.any() else weight
         short = free & (quota < least)
         if not short.any():
             break
@@ -100,7 +100,7 @@ def merge_rare(
         below = {
             c: [b for b in left if geometries[b] == geometries[c] and per_row[b] < per_row[c]] for c in left
         }
-        total = sum(share[c] / per_row[c] for c in left)
+        total = math.fsum(share[c] / per_row[c] for c in left)  # `sum` rounds by Python version
         rare = [c for c in left if below[c] and share[c] / per_row[c] * rows < 0.5 * total]
         if not rare:
             return joins
