@@ -264,8 +264,7 @@ def _reached(source: np.ndarray, positions: np.ndarray, shape: tuple[int, int]) 
 
 def _near(reached: np.ndarray, cells: np.ndarray) -> bool:
     return bool(
-        ((reached >= 0.8 * cells - 1) & (reached <= 1.25 * cells + 1)).all()
-        and (reached[cells > 0] > 0).all()
+        ((reached >= 0.6 * cells - 1) & (reached <= 1.5 * cells + 1)).all() and (reached[cells > 0] > 0).all()
     )
 
 

@@ -2,7 +2,8 @@
 
 A position holds one job; a job may take any position inside its window whose stratum its source has. Early
 deadlines are served first, and a job that was passed over is placed along an augmenting path (Berge 1957),
-which finds a perfect matching wherever there is one. Ties go to the lowest number, so that the result is the
+which finds a perfect matching wherever there is one; trades then bring the cells (source and stratum) back to
+what is wanted of them. Ties go to the lowest number, so that the result is the
 same everywhere.
 """
 
@@ -37,6 +38,7 @@ def match(jobs: Jobs, cells: np.ndarray, strata: np.ndarray) -> np.ndarray | Non
     matching = _Matching(jobs, cells, strata)
     if not matching.deal():
         return None
+    matching.settle()
     return matching.source[np.array(matching.holder)].astype(np.int32)
 
 
@@ -99,6 +101,41 @@ class _Matching:
                 advance(s)
         left_over = [j for s in range(len(start)) for j in range(int(job[s]), int(end[s]))]
         return all(self._place(j) for j in left_over)
+
+    def settle(self, rounds: int = 4) -> None:
+        """Bring cells nearer to what is wanted of them: jobs trade positions, both inside their windows.
+
+        A job of a cell that has too many makes the trade that lowers Σ (jobs − wanted)² / (wanted + 1) most.
+        """
+        first, last, source, wanted = self.jobs.first, self.jobs.last, self.source, self.cells
+        holder, stratum = np.array(self.holder), np.array(self._stratum)
+        weight = 1.0 / (wanted + 1)
+        over = np.array(self._count) - wanted
+        for _ in range(rounds):
+            before = over.copy()
+            for position in np.flatnonzero(over[source[holder], stratum] > 0).tolist():
+                job = holder[position]
+                s, c = source[job], stratum[position]
+                if over[s, c] <= 0:
+                    continue
+                places = slice(first[job], last[job] + 1)
+                others = holder[places]
+                t, d = source[others], stratum[places]
+                fits = (first[others] <= position) & (position <= last[others])
+                fits &= (c != d) & (wanted[s, d] > 0) & (wanted[t, c] > 0)
+                cost = (1 + 2 * over[s, d]) * weight[s, d] + (1 - 2 * over[s, c]) * weight[s, c]
+                cost += (1 + 2 * over[t, c]) * weight[t, c] + (1 - 2 * over[t, d]) * weight[t, d]
+                best = int(np.where(fits, cost, 0.0).argmin())
+                if fits[best] and cost[best] < -1e-9:
+                    other, to = t[best], d[best]
+                    over[s, c] -= 1
+                    over[s, to] += 1
+                    over[other, to] -= 1
+                    over[other, c] += 1
+                    holder[position], holder[places.start + best] = others[best], job
+            if (over == before).all():
+                break
+        self.holder = holder.tolist()
 
     def _place(self, job: int) -> bool:
         """Near and at no cost to the cells if possible, else wherever there is room."""

@@ -71,6 +71,7 @@ def test_the_windows_of_a_lane_keep_to_its_budget(cells: list[tuple[float, int]]
     assert sum(windows) == max(len(cells), min(budget, sum(pieces)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 20)), min_size=1, max_size=8))
 def test_row_kinds_are_spread_evenly_over_a_group(kinds: list[tuple[str, int]]) -> None:
     names, crops = [k[0] for k in kinds], [k[1] for k in kinds]
@@ -159,6 +160,40 @@ def test_weights_of_three_decimals_are_exact() -> None:
         assert table.bound < 1
 
 
+def realistic(seed: int) -> tuple[np.ndarray, np.ndarray, list[int], list[str]]:
+    """Samples and shares of 2 to 12 sources, each of one or two geometries, in up to 6 kinds of rows."""
+    g = np.random.default_rng(seed)
+    kinds = ["volume", "volume", "volume", "slab", "slab", "planar"]
+    strata = np.sort(g.choice(6, g.integers(1, 7), replace=False))
+    geometry = [kinds[i] for i in strata]
+    counts = np.zeros((g.integers(2, 13), len(strata)), dtype=np.int64)
+    for row in counts:
+        own = g.choice(np.unique(geometry), min(len(set(geometry)), g.integers(1, 3)), replace=False)
+        part = np.where(np.isin(geometry, own), g.dirichlet(np.full(len(strata), 0.7)), 0)
+        row[:] = g.multinomial(int(10 ** g.uniform(1.5, 5)), part / part.sum())
+    there = counts.any(axis=0)
+    counts, geometry = counts[:, there], [name for name, any_ in zip(geometry, there) if any_]
+    wanted = np.maximum(g.dirichlet(np.full(len(counts), 2.0)).round(2), 0.01)
+    wanted /= wanted.sum()
+    crops = compose((wanted @ (counts / counts.sum(axis=1)[:, None])).tolist(), [1] * len(geometry), 24)
+    return counts, stratum_shares(wanted, counts.astype(float), np.array(crops, float)), crops, geometry
+
+
+def test_realistic_mixtures_keep_sources_and_cells() -> None:
+    """After each group within a crop, always; at every crop in most; cells near what is planned of them."""
+    beyond = 0
+    for seed in range(20):
+        _, shares, crops, geometry = realistic(seed)
+        table = LaneTable(shares, crops, geometry, seed, 8)
+        assert table.group_bound < 1 + 1e-9
+        assert table.bound < 2
+        beyond += table.bound > 1 + 1e-9
+        planned = cell_counts(shares, crops, table.length // table.group_size)
+        assert (table.cells <= 1.5 * planned + 2).all()
+        assert (table.cells >= 0.6 * planned - 2).all()
+    assert beyond <= 8
+
+
 def test_hundreds_of_sources_find_their_place() -> None:
     g = np.random.default_rng(0)
     counts = np.where(g.random((300, 6)) < 0.5, 100.0, 0.0)
@@ -182,7 +217,7 @@ def test_cells_are_rounded_with_both_sums_kept() -> None:
     assert np.abs(cells - exact).max() < 2.5
 
 
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 @given(st.integers(0, 2**32 - 1))
 def test_a_matching_is_found_exactly_where_there_is_one(seed: int) -> None:
     g = np.random.default_rng(seed)
@@ -305,9 +340,9 @@ def test_another_sample_is_of_the_lane_and_not_the_same(
     row, epoch = cell.instead(lane, n, attempt)
     assert row in cell.rows[low:high]
     assert epoch == cell.sample(lane, n)[1]
-    if high - low > 8:
+    if high - low > 1:
         assert row != cell.sample(lane, n)[0]
-        assert len({cell.instead(lane, n, a)[0] for a in range(1, 5)}) == 4
+        assert len({cell.instead(lane, n, a)[0] for a in range(1, 9)}) == min(8, high - low - 1)
 
 
 def test_a_place_in_a_large_epoch_is_found_at_once() -> None:
