@@ -1,10 +1,17 @@
 """Which sample comes i-th and which crop is cut from it: a pure function of (manifest, mixture, seed, i).
 
-A batch is `groups` groups; a group is the smallest unit a rank can take and has a constant composition:
-`RowSpec.rows` rows of `RowSpec.k` crops for each kind of row, a geometry and row class (a stratum). Group g
-of every update forms lane g, which has its own samples; every prefix of a lane holds each source within a
-stated number of crops of its share, see `lane_table`. Nothing here knows of ranks, workers or history, so a
-resume is one integer and every split of the work gives the same sequence.
+Draw i comes about in five steps, each in constant time:
+
+1. i → update, group g, place j: a batch is `groups` groups of `group_size` crops, drawn one after another.
+2. j → stratum (a `RowSpec`: geometry and row class) and slot in its rows: the same in every group.
+3. Group g of every update is lane g, and (update, j) a position of it. The table of the lane gives the source
+   at that position and n, how many crops of that source and stratum the lane had before (`lane_table.py`).
+4. The samples of a source and stratum are a cell. The lane's n-th sample from it is found in its epochs
+   (`epochs.py`); with `crops_per_volume` c, the (n // c)-th.
+5. Random numbers of i alone choose channel, zoom and box (`rng.py`, `crops.py`).
+
+Nothing here knows of ranks, workers or history, so a resume is one integer and every split of the work gives
+the same sequence.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from data_pipeline.epochs import Cell, samples_per_shard
 from data_pipeline.errors import UserError
 from data_pipeline.geometry import PATCH, TokenConfig, Triple, largest_box
 from data_pipeline.lane_table import LaneTable
+from data_pipeline.order_page import description
 from data_pipeline.rng import uniforms
 from data_pipeline.schedule import MixtureConfig, compose, merge_rare, share_windows, stratum_shares
 from data_pipeline.selection import Columns, source_codes, text_codes, wanted_shares
@@ -356,50 +364,7 @@ class Order:
 
     def describe(self) -> str:
         """What a group holds, what rounding did to the weights, and how often samples come round."""
-        table = self._table
-        rows = ", ".join(
-            f"{s.rows} × {s.geometry} rows of {s.k} (≤ {s.capacity} tokens)" for s in self.composition
-        )
-        lines = [
-            f"batch: {self.groups} groups of {self.group_size} crops = {self.batch_size} crops an update",
-            f"group: {rows}",
-        ]
-        lines += [
-            f"  {n} samples of {kind} rows of {k} go into rows of {into}: they would fill less than half a "
-            "row of a group"
-            for n, kind, k, into in self.merged
-        ]
-        lines += [
-            f"sources by {self.mixture.by}: every prefix of a lane is within {_up(table.bound)} crops of its "
-            f"share, within {_up(table.group_bound)} after each group (shares in steps of 1/{table.length})",
-            "epoch of a source: each of its samples once, kind of row by kind of row",
-        ]
-        updates = self.epoch_updates()
-        slowest = max(updates.values())
-        for s, name in enumerate(self.sources):
-            if self.wanted[s] == 0:
-                lines.append(f"source {name}: weight 0, left out")
-                continue
-            lines.append(
-                f"source {name}: {self.counts[s].sum()} samples, {self.weights[s]:.2%} of crops (wanted "
-                f"{self.wanted[s]:.2%}; the difference comes from rounding a group to whole rows)"
-            )
-            for (source, c), count in updates.items():
-                if source == s:
-                    lines.append(self._described(s, c, count, slowest))
-        if self.left_out:
-            lines.append(f"{self.left_out} samples of weight 0 are never drawn")
-        return "\n".join(lines)
-
-    def _described(self, source: int, stratum: int, updates: float, slowest: float) -> str:
-        cell, spec = self._cells[source, stratum], self.composition[stratum]
-        own = "each lane has its own" if cell.dealt else "shared by all lanes (under 8 a lane)"
-        often = slowest / updates
-        repeated = f", drawn {often:.1f} times as often as the rarest" if often > 1.05 else ""
-        return (
-            f"  {spec.geometry} of {spec.k}: {len(cell.rows)} samples, {own}, an epoch every {updates:.1f} "
-            f"updates{repeated}"
-        )
+        return description(self)
 
 
 def lanes_of(rank: int, world: int, groups: int) -> list[int | None]:
@@ -449,8 +414,3 @@ def _level_columns(manifest: Columns) -> list[np.ndarray]:
         return [manifest.column("l1_offset"), manifest.column("l2_offset")]
     except KeyError:
         return []
-
-
-def _up(x: float) -> float:
-    """Rounded up to two decimals, so that the printed bound holds."""
-    return math.ceil(x * 100 - 1e-6) / 100

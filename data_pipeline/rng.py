@@ -14,6 +14,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
+from numpy.random import Generator, Philox  # NumPy would load it at the first draw, in every worker
 
 _TO_UNIT = 2.0**-53
 _WORD = (1 << 64) - 1
@@ -27,15 +28,15 @@ def _key(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=16).digest(), "little")
 
 
-def _philox(seed: int, index: int, purpose: str) -> np.random.Philox:
+def _philox(seed: int, index: int, purpose: str) -> Philox:
     if not 0 <= index < 2**64:
         raise ValueError(f"index {index} is not a 64-bit counter")
-    return np.random.Philox(key=_key(seed, purpose), counter=index << 192)
+    return Philox(key=_key(seed, purpose), counter=index << 192)
 
 
-def rng(seed: int, index: int, purpose: str) -> np.random.Generator:
+def rng(seed: int, index: int, purpose: str) -> Generator:
     """A generator for one purpose of one item: equal arguments, equal streams, in every process."""
-    return np.random.Generator(_philox(seed, index, purpose))
+    return Generator(_philox(seed, index, purpose))
 
 
 def words(seed: int, index: int, purpose: str, n: int) -> np.ndarray:

@@ -125,3 +125,10 @@ def test_long_permutations_are_uniform(n: int) -> None:
 def test_an_impossible_place_is_refused() -> None:
     with pytest.raises(IndexError, match="place 7"):
         permuted(0, 0, "x", 7, 7)
+
+
+def test_the_first_draw_imports_nothing() -> None:
+    """NumPy loads `numpy.random` when it is first asked for: 20 ms that a resume would wait for."""
+    code = "import sys, data_pipeline.rng; assert 'numpy.random' in sys.modules"
+    env = {"PYTHONPATH": ":".join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
