@@ -181,7 +181,7 @@ def test_many_threads(server: FaultyServer) -> None:
 
 def test_a_client_in_use_when_its_process_forks(server: FaultyServer) -> None:
     """Both processes go on, without a retry and without taking each other's connections."""
-    files = remote(server)
+    files = remote(server, 60.0, 30.0)
     assert files.read("a.tar", 0, 9) == CONTENT[:9]
     for _ in range(2):
         pid = os.fork()
