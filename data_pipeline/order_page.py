@@ -36,7 +36,7 @@ def description(order: Order) -> str:
             lines.append(f"source {name}: weight 0, left out")
             continue
         wanted, given = f"{order.wanted[s]:.2%}", f"{order.weights[s]:.2%}"
-        why = "" if wanted == given else "; the difference comes from a group of whole rows"
+        why = "" if wanted == given else "; a group holds whole rows, more rows_per_group come nearer"
         lines.append(
             f"source {name}: {order.counts[s].sum()} samples, {given} of crops (wanted {wanted}{why})"
         )
