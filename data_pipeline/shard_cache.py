@@ -32,7 +32,8 @@ from data_pipeline.traffic import Meter
 
 log = logging.getLogger(__name__)
 
-FETCHED = struct.Struct("<d")  # the end of a block's file, after a byte for each sample: 1 if it is damaged
+#: The end of a block's file, after a byte for each sample (1: damaged): when it came, checksum of both.
+FETCHED, CHECK = struct.Struct("<d"), struct.Struct("<Q")
 BELIEVED_S = 3600.0  # for which damage at the source is not looked at again
 TOUCH_S = 10.0
 OPEN_BLOCKS = 16
@@ -240,8 +241,9 @@ class CachedFiles:
     def _known_damaged(self, block: Block, fd: int, offset: int) -> bool:
         """Whether a sample was damaged when its block came, lately."""
         with disk():
-            end = os.pread(fd, len(block.rows) + FETCHED.size, block.size)
-        if len(end) < len(block.rows) + FETCHED.size:
+            found = os.pread(fd, _file_size(block) - block.size, block.size)
+        end, check = found[: -CHECK.size], found[-CHECK.size :]
+        if len(found) < _file_size(block) - block.size or check != CHECK.pack(checksum(end)):
             return False
         number = next(n for n, row in enumerate(block.rows) if self.blocks.span(row)[1] > offset)
         (fetched,) = FETCHED.unpack(end[len(block.rows) :])
@@ -280,7 +282,8 @@ class CachedFiles:
                 self.meter.add(damaged=1)
                 self._copy(block.shard, *spans[number], block.start, fd)
                 damaged[number] = not self._intact(row, block, fd)
-        put(fd, bytes(damaged) + FETCHED.pack(time.time()), block.size)
+        end = bytes(damaged) + FETCHED.pack(time.time())
+        put(fd, end + CHECK.pack(checksum(end)), block.size)
         at = block.shard, block.start
         self.meter.add(fetched=1, refetched=int(at in self._fetched))
         self._fetched[at] = None
@@ -334,4 +337,4 @@ def _name(manifest: Manifest, block: Block) -> str:
 
 
 def _file_size(block: Block) -> int:
-    return block.size + len(block.rows) + FETCHED.size
+    return block.size + len(block.rows) + FETCHED.size + CHECK.size

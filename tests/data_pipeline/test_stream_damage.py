@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -22,6 +23,7 @@ from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import MEMBERS, Manifest
 from data_pipeline.order import Order
 from data_pipeline.schedule import MixtureConfig
+from data_pipeline.shard_cache import CacheConfig
 from data_pipeline.shard_reader import INVALID, DamagedSample
 from data_pipeline.storage import chunk_shape, encode
 from data_pipeline.stream import LEVELS, Crop, Stream, open_stream
@@ -309,6 +311,28 @@ def test_an_index_of_another_build_is_damage(dataset: Dataset, change: str) -> N
         for crop in itertools.chain.from_iterable(itertools.islice(stream, 30)):
             dataset.check(crop, labelled=True)
         assert set(stream.damage) == {dataset.keys[row] for row in range(0, SAMPLES, 2)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_that_rots_is_fetched_again(dataset: Dataset, tmp_path: Path, workers: int) -> None:
+    """Bits flip in blocks that were checked on arrival, open ones too: no wrong crop, and no substitute."""
+    generator = np.random.default_rng(0)
+    cache = CacheConfig(folder=str(tmp_path), gb=1.0)
+    with dataset.stream(labelled=False, workers=workers, cache=cache) as stream:
+        for number, crops in enumerate(itertools.islice(stream, 60)):
+            for crop in crops:
+                dataset.check(crop, labelled=False)
+                assert not crop.substituted or workers  # which may read while bits flip again
+            for path in tmp_path.rglob("*.block") if number % 5 == 0 else ():
+                with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+                    data = np.frombuffer(file.read(), np.uint8).copy()
+                    data[generator.integers(len(data), size=len(data) // 50)] ^= 1
+                    data[-20:-16] = 1  # "known to be damaged at the source"
+                    file.seek(0)
+                    file.write(data.tobytes())
+        assert stream.damaged <= (3 if workers else 0)
+        assert stream.traffic.damaged > 5
+        assert stream.traffic.fetched > len(dataset.shards)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
