@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def s3() -> Iterator[Any]:
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             patch.setenv(name, value)
+        # Buckets are kept for the process, in which other tests may have had servers.
+        urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
         fs = fsspec.filesystem("s3", skip_instance_cache=True)
         fs.mkdir("scans")
         yield fs
