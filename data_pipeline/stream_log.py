@@ -17,13 +17,16 @@ class StreamLog:
 
     max_damage: share of the crops of all ranks that may come from damaged samples, of the last hundred
     thousand or so and of at least a thousand. A rank by itself draws from a part of the shards, so that one
-    bad shard is a large share of it.
+    bad shard is a large share of it. updates: of the whole run.
     """
 
-    def __init__(self, order: Order, root: str, cache: CacheConfig, max_damage: float) -> None:
+    def __init__(
+        self, order: Order, root: str, cache: CacheConfig, *, max_damage: float, updates: int
+    ) -> None:
         #: The shards lie in a store or go through a cache, so that traffic says something.
         self.fetches = "://" in root or bool(cache.folder)
-        self.order, self._share = order, DamageShare(max_damage, root)
+        self.order, self.updates = order, updates
+        self._share = DamageShare(max_damage, root)
         self._judged = 0, 0  # crops of all ranks, and those replaced
         self._stream: Stream[Any] | None = None
         self._named: set[str] = set()
@@ -33,9 +36,9 @@ class StreamLog:
         self._stream, self._judged = stream, (0, 0)
         return stream
 
-    def describe(self, updates: int) -> str:
-        """What a batch holds, the weights, and how often each source comes round in a run of `updates`."""
-        crops = updates * self.order.batch_size / self.order.mixture.crops_per_volume
+    def describe(self) -> str:
+        """What a batch holds, the weights, and how often each source comes round in the run."""
+        crops = self.updates * self.order.batch_size / self.order.mixture.crops_per_volume
         rounds = (
             f"{name} {crops * share / samples:.3g}"
             for name, share, samples in zip(
@@ -43,7 +46,9 @@ class StreamLog:
             )
             if share > 0
         )
-        return f"{self.order.describe()}\nin {updates} updates, epochs of each source: {', '.join(rounds)}"
+        return (
+            f"{self.order.describe()}\nin {self.updates} updates, epochs of each source: {', '.join(rounds)}"
+        )
 
     def counts(self) -> dict[str, float]:
         """Counts of this process, to be summed over ranks: crops replaced for damage, crops of each source,

@@ -22,6 +22,27 @@ class Writer(Protocol):
     def add_figure(self, tag: str, figure: Any, global_step: int) -> None: ...
 
 
+class DataLog(Protocol):
+    """What a run tells of its data."""
+
+    def describe(self) -> str:
+        """Lines said at the start."""
+        ...
+
+    def counts(self) -> dict[str, float]:
+        """Counts of this process so far, of the same names on all ranks; their sums are logged as
+        `data/NAME`."""
+        ...
+
+    def check(self, sums: Mapping[str, float]) -> None:
+        """Given those sums on every rank alike; raises `UserError` to end the run."""
+        ...
+
+    def notices(self) -> list[str]:
+        """What is new since the last call, for the rank's own log."""
+        ...
+
+
 class Task(Protocol):
     """A model with its data. The engine owns optimisation, precision, sharding, saving and logging.
 
@@ -35,10 +56,7 @@ class Task(Protocol):
     Optional hooks, used when present: `model.set_checkpointing(bool)`, `model.blocks_to_compile() ->
     Iterable[nn.Module]`, `model.calls_vary = True` where the number or order of calls of its parts
     depends on the data (ZeRO 3 gathers a part's weights from all ranks at its call, so it is refused);
-    `describe_data() -> str`, said at the start; `data_counts() -> dict[str, float]` of this process so far,
-    the same names on all ranks, summed over them and logged as `data/NAME`; `check_data(sums)`, given
-    those sums on every rank alike, raises `UserError` to end the run; `data_notices() -> list[str]`, what is
-    new since the last call, for the rank's own log.
+    `data: DataLog`.
     """
 
     model: nn.Module

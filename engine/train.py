@@ -22,7 +22,7 @@ from engine.optimizer import whole_model, wrap
 from engine.recipe import EngineConfig, difference, identity_of, save_recipe
 from engine.schedule import learning_rate, set_learning_rate
 from engine.signals import StopRequest
-from engine.task import Task
+from engine.task import DataLog, Task
 from engine.verdict import Verdict, read_attempt, record_failure, write_text, write_verdict
 from engine.watchdog import Watchdog
 from engine.zero_state import Partition
@@ -112,7 +112,8 @@ def _train(
         )
         if found is not None:
             logs.say(f"resumed from {found.folder.name}")
-        for line in _hook(task, "describe_data", "").splitlines():
+        data: DataLog | None = getattr(task, "data", None)
+        for line in data.describe().splitlines() if data else ():
             logs.say(line)
         loop = _Loop(task, config, run, world, engine, partition, logs, attempt, progress, frozen)
         return loop.run_until_done(stop, watchdog)
@@ -137,6 +138,7 @@ class _Loop:
         self.task, self.config, self.run, self.world = task, config, run, world
         self.engine, self.partition, self.logs, self.attempt = engine, partition, logs, attempt
         self.progress, self.frozen = progress, frozen
+        self.data: DataLog | None = getattr(task, "data", None)
         self.micro_steps = task.micro_steps(world.size)
         self.metric_names: list[str] = []
         self.window = Window()
@@ -234,14 +236,19 @@ class _Loop:
             "optim/skipped": float(self.progress.skipped),
             "data/position": float(self.progress.position),
         }
-        for notice in _hook(self.task, "data_notices", []):
+        sums = self._data_sums()
+        self.logs.scalars(self.progress.update, values | {f"data/{name}": n for name, n in sums.items()})
+        if self.data and sums:
+            self.data.check(sums)
+
+    def _data_sums(self) -> dict[str, float]:
+        """Counts of the data over all ranks; what is new goes to the rank's log."""
+        if self.data is None:
+            return {}
+        for notice in self.data.notices():
             self.logs.event("data", text=notice)
-        counts = _hook(self.task, "data_counts", {})
-        sums = dict(zip(counts, self.world.sum(list(counts.values())), strict=True)) if counts else {}
-        values |= {f"data/{name}": total for name, total in sums.items()}
-        self.logs.scalars(self.progress.update, values)
-        if sums:
-            _hook(self.task, "check_data", None, sums)
+        counts = self.data.counts()
+        return dict(zip(counts, self.world.sum(list(counts.values())), strict=True))
 
     def _evaluate(self) -> None:
         """Evaluation and pictures; training goes on as if they had not been."""
@@ -295,12 +302,6 @@ class _Loop:
             checkpoint.prune(self.run, folder, self.config.keep_last, self.config.keep_every)
         self.saved_at = (self.progress.update, self.progress.position)
         self.logs.event("checkpoint", name=folder.name, seconds=round(time.perf_counter() - began, 3))
-
-
-def _hook(task: Task, name: str, otherwise: Any, *arguments: Any) -> Any:
-    """What an optional hook of a task returns."""
-    hook = getattr(task, name, None)
-    return otherwise if hook is None else hook(*arguments)
 
 
 def _open_run(run: Path, world: World) -> int:

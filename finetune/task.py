@@ -79,7 +79,10 @@ class FinetuneTask:
             seed=recipe.engine.seed, window=recipe.head.window,
         )  # fmt: skip
         self.samples_per_update = self.order.batch_size
-        self._log = StreamLog(self.order, recipe.data.root, recipe.data.cache, recipe.data.max_damage)
+        self.data = StreamLog(
+            self.order, recipe.data.root, recipe.data.cache, max_damage=recipe.data.max_damage,
+            updates=recipe.engine.updates,
+        )  # fmt: skip
         self.model: nn.Module = ClickTraining(
             self.net, recipe.prompts, self.samples_per_update, recipe.engine.seed
         )
@@ -108,7 +111,7 @@ class FinetuneTask:
             self._recipe.engine.seed,
             patches,
         )
-        return self._log.follow(
+        return self.data.follow(
             open_stream(
                 self._recipe.data.root, self.manifest, self.order, rank=rank, world=world,
                 start_update=start_update, workers=self._recipe.engine.workers, collate=collate,
@@ -116,22 +119,6 @@ class FinetuneTask:
                 cache=self._recipe.data.cache,
             )
         )  # fmt: skip
-
-    def describe_data(self) -> str:
-        """What a batch holds and how often each source comes round in the run."""
-        return self._log.describe(self._recipe.engine.updates)
-
-    def data_counts(self) -> dict[str, float]:
-        """Damage, crops by source and traffic of this rank so far."""
-        return self._log.counts()
-
-    def check_data(self, sums: Mapping[str, float]) -> None:
-        """End the run where too large a share of the crops of all ranks is damaged."""
-        self._log.check(sums)
-
-    def data_notices(self) -> list[str]:
-        """Samples that proved damaged since the last call."""
-        return self._log.notices()
 
     def evaluate(self, update: int, rank: int, world: int, writer: Writer) -> dict[str, float]:
         """Mean Dice by click on a few held-out cases, on rank 0."""

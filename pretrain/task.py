@@ -50,7 +50,10 @@ class PretrainTask:
                 f"encoder.patch has no stem for {', '.join(sorted(missing))}, which {recipe.data.root} holds"
             )
         self.samples_per_update = self.order.batch_size
-        self._log = StreamLog(self.order, recipe.data.root, recipe.data.cache, recipe.data.max_damage)
+        self.data = StreamLog(
+            self.order, recipe.data.root, recipe.data.cache, max_damage=recipe.data.max_damage,
+            updates=recipe.engine.updates,
+        )  # fmt: skip
         torch.manual_seed(seed)  # the weights' start; nothing else in the run draws from torch's generator
         self.network = MaskedAutoencoder(recipe.encoder, recipe.objective, self.order.batch_size)
         self.model: nn.Module = self.network
@@ -80,29 +83,13 @@ class PretrainTask:
 
     def batches(self, start_update: int, rank: int, world: int) -> Iterator[Batch]:
         """The rank's batches from `start_update` on, without end."""
-        return self._log.follow(
+        return self.data.follow(
             open_stream(
                 self.manifest.root, self.manifest, self.order, rank=rank, world=world,
                 start_update=start_update, workers=self._recipe.engine.workers, collate=self.collate,
                 max_damage=1.0, cache=self._recipe.data.cache,
             )
         )  # fmt: skip
-
-    def describe_data(self) -> str:
-        """What a batch holds and how often each source comes round in the run."""
-        return self._log.describe(self._recipe.engine.updates)
-
-    def data_counts(self) -> dict[str, float]:
-        """Damage, crops by source and traffic of this rank so far."""
-        return self._log.counts()
-
-    def check_data(self, sums: Mapping[str, float]) -> None:
-        """End the run where too large a share of the crops of all ranks is damaged."""
-        self._log.check(sums)
-
-    def data_notices(self) -> list[str]:
-        """Samples that proved damaged since the last call."""
-        return self._log.notices()
 
     def recipe(self) -> PretrainRecipe:
         """The resolved recipe."""

@@ -47,7 +47,7 @@ def opened(log: StreamLog, order: Order, cache: CacheConfig) -> Stream[Any]:
 
 
 def test_a_run_is_told_how_often_its_sources_come_round(order: Order) -> None:
-    text = StreamLog(order, "shards", CacheConfig(), 1.0).describe(updates=400)
+    text = StreamLog(order, "shards", CacheConfig(), max_damage=1.0, updates=400).describe()
     assert order.describe() in text
     crops = 400 * order.batch_size
     for name, share, counts in zip(order.sources, order.weights, order.counts):
@@ -55,7 +55,7 @@ def test_a_run_is_told_how_often_its_sources_come_round(order: Order) -> None:
 
 
 def test_counts_of_a_local_stream(order: Order) -> None:
-    log = StreamLog(order, "shards", CacheConfig(), 1.0)
+    log = StreamLog(order, "shards", CacheConfig(), max_damage=1.0, updates=400)
     assert log.counts() == {}
     with opened(log, order, CacheConfig()) as stream:
         list(islice(stream, 9))
@@ -68,7 +68,7 @@ def test_counts_of_a_local_stream(order: Order) -> None:
 
 def test_a_cache_reports_its_traffic(order: Order, tmp_path: Path) -> None:
     cache = CacheConfig(folder=str(tmp_path / "blocks"), gb=1.0)
-    log = StreamLog(order, str(tmp_path / "shards"), cache, 1.0)
+    log = StreamLog(order, str(tmp_path / "shards"), cache, max_damage=1.0, updates=400)
     with opened(log, order, cache) as stream:
         list(islice(stream, 60))
     counts = log.counts()
@@ -87,7 +87,7 @@ def test_a_damaged_sample_is_named_once(order: Order, tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(manifest.value(row, "idx_offset"))
         file.write(b"broken")
-    log = StreamLog(order, "shards", CacheConfig(), 1.0)
+    log = StreamLog(order, "shards", CacheConfig(), max_damage=1.0, updates=400)
     with opened(log, order, CacheConfig()) as stream:
         list(islice(stream, 3))
         assert [manifest.value(row, "key") in line for line in log.notices()] == [True]
@@ -105,7 +105,7 @@ def test_damage_is_judged_over_all_ranks(order: Order) -> None:
             f"crops/{name}": crops, "damaged_crops": damaged
         }  # fmt: skip
 
-    log = StreamLog(order, "shards", CacheConfig(), 0.01)
+    log = StreamLog(order, "shards", CacheConfig(), max_damage=0.01, updates=400)
     for step in range(1, 50):
         log.check(of_ranks(8000 * step, 40 * step))
     steps = iter([of_ranks(8000 * (49 + step), 40 * 49 + 320 * step) for step in range(1, 50)])
@@ -113,6 +113,6 @@ def test_damage_is_judged_over_all_ranks(order: Order) -> None:
         list(map(log.check, steps))
     assert len(list(steps)) > 43, "what is counted is the last of it, not the whole run"
     assert "\n" not in str(said.value)
-    log = StreamLog(order, "shards", CacheConfig(), 0.01)
+    log = StreamLog(order, "shards", CacheConfig(), max_damage=0.01, updates=400)
     with pytest.raises(UserError):
         log.check(of_ranks(8000, 81))

@@ -66,12 +66,32 @@ class ToyModel(nn.Module):
         return (total + batch["poison"]) / (GROUPS * PER_GROUP), metrics
 
 
+class ToyData:
+    """A `DataLog` that counts groups."""
+
+    def __init__(self, recipe: ToyRecipe) -> None:
+        self.groups, self.most = 0, recipe.most_groups
+
+    def describe(self) -> str:
+        return "toy data\nwithout end"
+
+    def counts(self) -> dict[str, float]:
+        return {"groups": float(self.groups)}
+
+    def check(self, sums: Mapping[str, float]) -> None:
+        if 0 <= self.most < sums["groups"]:
+            raise UserError(f"{sums['groups']:.0f} groups are too many")
+
+    def notices(self) -> list[str]:
+        return [f"{self.groups} groups so far"]
+
+
 class ToyTask:
     samples_per_update = GROUPS * PER_GROUP
 
     def __init__(self, recipe: ToyRecipe, run: Path) -> None:
         self.the_recipe, self.run, self.model = recipe, run, ToyModel(recipe)
-        self.groups = 0
+        self.data = ToyData(recipe)
 
     def micro_steps(self, world: int) -> int:
         return -(-GROUPS // world)
@@ -85,7 +105,7 @@ class ToyTask:
             time.sleep(self.the_recipe.sleep)
             for step in range(self.micro_steps(world)):
                 group = rank * self.micro_steps(world) + step
-                self.groups += group < GROUPS
+                self.data.groups += group < GROUPS
                 yield self.batch(update, group if group < GROUPS else None)
             update += 1
 
@@ -105,19 +125,6 @@ class ToyTask:
 
     def data_identity(self) -> dict[str, str]:
         return {"manifest": "toy", "order": "1"}
-
-    def describe_data(self) -> str:
-        return "toy data\nwithout end"
-
-    def data_counts(self) -> dict[str, float]:
-        return {"groups": float(self.groups)}
-
-    def check_data(self, sums: Mapping[str, float]) -> None:
-        if 0 <= self.the_recipe.most_groups < sums["groups"]:
-            raise UserError(f"{sums['groups']:.0f} groups are too many")
-
-    def data_notices(self) -> list[str]:
-        return [f"{self.groups} groups so far"]
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
