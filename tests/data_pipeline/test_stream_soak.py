@@ -27,9 +27,9 @@ from data_pipeline.stream import Crop, open_stream
 SECONDS = float(os.environ.get("MEDFM_SOAK_S", "20"))
 WARM = 4000  # crops that settle heap and caches
 FIGURES = ("MiB", "descriptors", "maps")
-#: What each figure may rise by over the second half of the run, by a line fitted to it. Descriptors come and go
-#: with the blocks that a reader holds open, and a line through ten seconds of that has a slope by chance (±2.4
-#: of 200 was seen): more than it may hold at all is growth, as is one for each crop replaced.
+#: What each figure may rise by over the second half of the run, by a line fitted to it. Descriptors come and
+#: go with the blocks that a reader holds open, and a line through ten seconds of that has a slope by chance
+#: (2.4 of 200 was seen): growth is more than it may hold at all, as would be one for each crop replaced.
 GROWTH = (1.5, float(OPEN_BLOCKS), 8.0)
 
 
