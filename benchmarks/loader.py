@@ -23,7 +23,7 @@ loader process) spent in `next(stream)`; `wait_share_gpu` the same for a base en
 `first_crop_ms` to the first crop; `resume_ms` opens the manifest and deals the order too.
 
 A peer that is not installed is named, and its figures are null. To install them:
-`pip install 'medfm[bench]' torchio`.
+`pip install 'medfm[bench]'`.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def contestants(
         found["nnU-Net, float32"] = peers.nnunet(root, arrays, CROP, BATCH, np.float32)
     for module in ("monai", "torchio", "nnunetv2"):
         if not find_spec(module):
-            print(f"{module} is not installed here: not measured (pip install 'medfm[bench]' torchio)")
+            print(f"{module} is not installed here: not measured (pip install 'medfm[bench]')")
     return found
 
 
