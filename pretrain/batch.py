@@ -21,7 +21,7 @@ from data_pipeline.geometry import Kind
 from data_pipeline.order import RowSpec
 from data_pipeline.rng import rng
 from pretrain.masking import block_order, random_order
-from pretrain.recipe import AugmentConfig, ObjectiveConfig
+from pretrain.objective import AugmentConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
     from data_pipeline.stream import Crop

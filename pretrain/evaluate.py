@@ -24,8 +24,9 @@ from data_pipeline.stream import Stream, open_stream
 from pretrain.baselines import baseline_errors
 from pretrain.batch import MODALITIES, Batch, Collate, RowBlock, to_device
 from pretrain.mae import Reconstruction, crop_error, patch_normalised
+from pretrain.objective import ObjectiveConfig
 from pretrain.pictures import Picture, picture_of
-from pretrain.recipe import EvaluationConfig, ObjectiveConfig
+from pretrain.recipe import EvaluationConfig
 
 PREDICTORS = (
     "",

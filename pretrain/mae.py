@@ -19,7 +19,7 @@ from model.config import EncoderConfig, Kind
 from model.encoder import Encoder
 from pretrain.batch import MODALITIES, Batch, RowBlock, geometry_of_block
 from pretrain.decoder import Decoder
-from pretrain.recipe import ObjectiveConfig
+from pretrain.objective import ObjectiveConfig
 from pretrain.tokens import Tokens, tokenise
 
 Metrics = dict[str, tuple[Tensor, Tensor]]

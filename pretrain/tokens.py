@@ -16,7 +16,7 @@ from model.normalise import background, normalise
 from model.patches import gather_patches, token_centres
 from pretrain.batch import RowBlock
 from pretrain.masking import predicted_count, valid_first, visible_count
-from pretrain.recipe import ObjectiveConfig
+from pretrain.objective import ObjectiveConfig
 
 Patch = tuple[int, int, int]
 

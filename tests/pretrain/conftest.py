@@ -14,7 +14,7 @@ from data_pipeline.order import RowSpec
 from model.config import EncoderConfig
 from pretrain.batch import Batch, Collate
 from pretrain.mae import MaskedAutoencoder
-from pretrain.recipe import AugmentConfig, ObjectiveConfig
+from pretrain.objective import AugmentConfig, ObjectiveConfig
 
 INVALID = -32768
 NORM = {
