@@ -38,7 +38,7 @@ class TokenConfig(BaseModel):
 
     slots: int = Field(4096, ge=1, description="token slots in a row: 4,096 is 128³, 32×256×256 or 1024²")
     classes: tuple[int, ...] = Field(
-        (1, 2, 4, 8, 16), description="crops a row may hold, each of slots / k tokens"
+        (1, 2, 3, 4, 6, 8, 12, 16, 24, 32), description="crops a row may hold, each of slots / k tokens"
     )
 
     @field_validator("classes")

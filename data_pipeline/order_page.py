@@ -13,7 +13,8 @@ def description(order: Order) -> str:
     """What a group holds, what rounding did to the weights, and how often samples come round."""
     table = order._table
     rows = ", ".join(
-        f"{s.rows} × {s.geometry} rows of {s.k} (≤ {s.capacity} tokens)" for s in order.composition
+        f"{s.rows} × {s.geometry} rows of {s.k} (≤ {s.capacity} tokens, {share:.0%} filled)"
+        for s, share in zip(order.composition, filled(order))
     )
     lines = [
         f"batch: {order.groups} groups of {order.group_size} crops = {order.batch_size} crops an update",
@@ -46,6 +47,16 @@ def description(order: Order) -> str:
     if order.left_out:
         lines.append(f"{order.left_out} samples of weight 0 are never drawn")
     return "\n".join(lines)
+
+
+def filled(order: Order, crops: int = 1000) -> list[float]:
+    """Share of its token slots that the first crops of each kind of row fill: `slot_waste` is the rest."""
+    tokens, slots = [0] * len(order.composition), [0] * len(order.composition)
+    for i in range(-(-crops // order.group_size) * order.group_size):
+        draw = order.draw(i)
+        tokens[draw.spec] += math.prod(draw.grid)
+        slots[draw.spec] += order.composition[draw.spec].capacity
+    return [t / s for t, s in zip(tokens, slots)]
 
 
 def _described(order: Order, source: int, stratum: int, updates: float, slowest: float) -> str:
