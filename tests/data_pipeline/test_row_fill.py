@@ -14,7 +14,7 @@ from data_pipeline.geometry import PATCH, TokenConfig, geometry_of, row_class, t
 from data_pipeline.order import Order
 from data_pipeline.schedule import MixtureConfig
 
-#: Shape (z, y, x) and spacing of small public scans: hippocampus, PET of a limb, spinal cord T2*, chest X-ray.
+#: Shape (z, y, x) and spacing of small public scans: hippocampus, PET of a limb, chest X-ray.
 SMALL = [
     ((35, 51, 35), (1.0, 1.0, 1.0), "MR"),
     ((24, 53, 34), (1.0, 1.0, 1.0), "MR"),
