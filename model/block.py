@@ -75,10 +75,7 @@ class Attention(nn.Module):
         self, x: Tensor, layout: Layout, rotary: Rotary | None, masks: Sequence[Tensor | None]
     ) -> Tensor:
         """x: (S, D); rotary: cos and sin (S, head_dim / 2) or None; masks: see `key_masks`. Gives (S, D)."""
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rotary(q, *rotary, dtype=v.dtype), apply_rotary(k, *rotary, dtype=v.dtype)
+        q, k, v = self.heads_of(x, rotary)
         sizes = [n * length for n, length in layout]
         mixed = []
         for (n, length), mask, *parts in zip(layout, masks, q.split(sizes), k.split(sizes), v.split(sizes)):
@@ -89,6 +86,14 @@ class Attention(nn.Module):
             out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             mixed.append(out.transpose(1, 2).reshape(n * length, self.heads, -1))
         return self.proj(torch.cat(mixed).flatten(1))
+
+    def heads_of(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (S, heads, head width)."""
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary, dtype=v.dtype), apply_rotary(k, *rotary, dtype=v.dtype)
+        return q, k, v
 
 
 class Block(nn.Module):

@@ -46,7 +46,8 @@ class EncoderConfig(BaseModel):
     `class_token` one more, in front; `drop_path` rate at the last block, rising linearly from 0 (Huang et al.
     2016), one choice a sequence and block; `learned_positions` grid (z, y, x) of a learned table that is
     added to the tokens and resized to other grids, None for off; `rotary` "mm" turns queries and keys by the
-    token centre in mm along the patient axes, wavelengths log-spaced over `rotary_wavelengths` mm.
+    token centre in mm along the patient axes, wavelengths log-spaced over `rotary_wavelengths` mm; "index" by
+    the token centre in voxels of the crop, spacing unseen, the same wavelengths then in voxels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +66,7 @@ class EncoderConfig(BaseModel):
     class_token: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     learned_positions: PositiveTriple | None = None
-    rotary: Literal["mm", "off"] = "mm"
+    rotary: Literal["mm", "index", "off"] = "mm"
     rotary_wavelengths: tuple[float, float] = (2.0, 2048.0)
     norm_eps: float = Field(default=1e-6, gt=0)
 
@@ -76,13 +77,13 @@ class EncoderConfig(BaseModel):
         width, _, heads = self.shape
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
-        if self.rotary == "mm" and (width // heads % 2 or width // heads < 6):
+        if self.rotary != "off" and (width // heads % 2 or width // heads < 6):
             raise ValueError(
                 f"rotary positions on three axes need an even head width >= 6, not {width // heads}"
             )
         low, high = self.rotary_wavelengths
         if not 0 < low < high:
-            raise ValueError(f"rotary_wavelengths must be 0 < shortest < longest in mm, not {low}, {high}")
+            raise ValueError(f"rotary_wavelengths must be 0 < shortest < longest, not {low}, {high}")
         if not self.patch:
             raise ValueError("patch names no stem; give at least one of volume, slab, planar")
         return self

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from model.attention_entropy import attention_entropy
 from model.block import Block, LayerNorm, Layout, Rotary, key_masks, per_token, tokens_in
 from model.config import KINDS, PATCH, SIZES, EncoderConfig, Kind
 from model.errors import UserError
-from model.patches import patchify, token_centres, token_index
+from model.patches import constant, patchify, token_centres, token_index
 from model.positions import LearnedPositions, from_middle, rotary
 
 if TYPE_CHECKING:
@@ -159,10 +160,11 @@ class Encoder(nn.Module):
         """Features of packed tokens.
 
         tokens: (S, D) sequences one after another as `layout` ((n, length), ...) says. centres: (S, 3)
-        float32 mm, patient axes. attend: (S,) bool, False for tokens nobody may attend to; their own outputs
-        mean nothing but are finite. drop: (sequences, depth) bool, True drops that block for that sequence
-        (keyed drop-path; what stays is scaled by 1 / (1 - rate)); None drops nothing. depths: numbers of
-        blocks passed, each in 0..depth; None for (depth,).
+        float32, patient axes, in mm, or for rotary "index" in voxels of the crop. attend: (S,) bool, False
+        for tokens nobody may attend to; their own outputs mean nothing but are finite. drop: (sequences,
+        depth) bool, True drops that block for that sequence (keyed drop-path; what stays is scaled by
+        1 / (1 - rate)); None drops nothing. depths: numbers of blocks passed, each in 0..depth; None for
+        (depth,).
 
         Returns one (S, D) tensor a depth, in the order asked for, each after the final norm. Class token and
         registers live in here only.
@@ -174,23 +176,7 @@ class Encoder(nn.Module):
             raise ValueError(f"{len(tokens)} tokens do not fill the layout {layout}")
         if drop is not None and drop.shape != (sum(n for n, _ in layout), self.depth):
             raise ValueError(f"drop must be (sequences, {self.depth}), not {tuple(drop.shape)}")
-        tables: Rotary | None = None
-        if self.config.rotary == "mm":
-            local = from_middle(centres, layout, attend)
-            tables = rotary(local, self.width // self.heads, self.config.rotary_wavelengths)
-        inner, x = layout, tokens
-        if self.prefix is not None:
-            count = self.prefix_count
-            inner = tuple((n, length + count) for n, length in layout)
-            x = self.prefix(tokens, layout)
-            if tables is not None:  # cos 1, sin 0: prefix tokens stand in the middle of their sequence
-                tables = (
-                    _with_prefix(tables[0], layout, count, 1.0),
-                    _with_prefix(tables[1], layout, count, 0.0),
-                )
-            attend = None if attend is None else _with_prefix(attend, layout, count, True)
-        masks = key_masks(attend, inner)
-
+        x, inner, tables, masks = self._packed(tokens, centres, layout, attend)
         features: dict[int, Tensor] = {}
         for number in range(max(depths, default=0) + 1):
             if number:
@@ -208,6 +194,48 @@ class Encoder(nn.Module):
                     out if self.prefix is None else _without_prefix(out, layout, self.prefix_count)
                 )
         return [features[d] for d in depths]
+
+    def _packed(
+        self, tokens: Tensor, centres: Tensor, layout: Layout, attend: Tensor | None
+    ) -> tuple[Tensor, Layout, Rotary | None, list[Tensor | None]]:
+        """What every block gets: tokens with prefix, their layout, rotary tables and key masks."""
+        tables: Rotary | None = None
+        if self.config.rotary != "off":
+            local = from_middle(centres, layout, attend)
+            tables = rotary(local, self.width // self.heads, self.config.rotary_wavelengths)
+        if self.prefix is None:
+            return tokens, layout, tables, key_masks(attend, layout)
+        count = self.prefix_count
+        inner = tuple((n, length + count) for n, length in layout)
+        if tables is not None:  # cos 1, sin 0: prefix tokens stand in the middle of their sequence
+            tables = (
+                _with_prefix(tables[0], layout, count, 1.0),
+                _with_prefix(tables[1], layout, count, 0.0),
+            )
+        attend = None if attend is None else _with_prefix(attend, layout, count, True)
+        return self.prefix(tokens, layout), inner, tables, key_masks(attend, inner)
+
+    @torch.no_grad()
+    def attention_entropy(
+        self, tokens: Tensor, centres: Tensor, layout: Layout, attend: Tensor | None = None
+    ) -> Tensor:
+        """How widely each head looks, float32 (depth, heads): 0 where every token looks at one key, 1 where
+        at all keys alike.
+
+        The entropy of each attended token's attention over the log of the number of keys it may attend to,
+        averaged over those tokens. Class token and registers count as keys and not as tokens; sequences of a
+        single key, which have no choice, are left out (nan when nothing else is there). Arguments as in
+        `trunk`.
+        """
+        x, inner, tables, masks = self._packed(tokens, centres, layout, attend)
+        if attend is None:
+            attend = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        counted = attend if self.prefix is None else _with_prefix(attend, layout, self.prefix_count, False)
+        found = []
+        for block in self.blocks:
+            found.append(attention_entropy(cast(Block, block), x, inner, tables, masks, counted))
+            x = block(x, inner, tables, masks)
+        return torch.stack(found)
 
     def _keep(self, drop: Tensor, number: int, layout: Layout, dtype: torch.dtype) -> Tensor:
         """(S, 1) factor of a block's branches: 0 where dropped, else 1 / (1 - rate)."""
@@ -253,9 +281,11 @@ class Encoder(nn.Module):
         attend = None
         if valid is not None:
             attend = patchify(there[:, None], patch).any(2).flatten()
-        grids = torch.tensor([grid], device=image.device).expand(batch, 3)
-        order = torch.tensor([list(axes)], device=image.device).expand(batch, 3)
+        grids = constant(grid, image.device).expand(batch, 3)
+        order = constant(axes, image.device).expand(batch, 3)
         spacing = spacing.to(image.device)
+        if self.config.rotary == "index":
+            spacing = torch.ones_like(spacing)
         centres = token_centres(grids, torch.zeros_like(spacing), spacing, patch, order, capacity=length)
         tokens = self.stem(geometry, patchify(image, patch), grids)
         outputs = self.trunk(

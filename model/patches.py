@@ -37,6 +37,12 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channe
     )  # fmt: skip
 
 
+def constant(values: Sequence[int], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A few numbers on a device, (len(values),), without the copy that `torch.tensor` would make the host
+    wait for."""
+    return torch.stack([torch.full((), value, device=device, dtype=dtype) for value in values])
+
+
 def token_index(grid: Tensor, tokens: Tensor | int) -> tuple[Tensor, Tensor]:
     """Grid coordinates of tokens. grid: (n, 3) int; tokens: (n, m) int64 token numbers, or m for the numbers
     0..m-1.
@@ -61,7 +67,7 @@ def output_extent(extent: Tensor, grid: Tensor, residual: Tensor, patch: Sequenc
     extent: source voxels of the crop; residual: source voxels per output voxel. Output voxel o is centred on
     source coordinate (o + 1/2) * residual from the crop's corner.
     """
-    room = grid.to(torch.int64) * torch.tensor(patch, device=grid.device)
+    room = grid.to(torch.int64) * constant(patch, grid.device)
     count = torch.ceil(extent.to(torch.float64) / residual.to(torch.float64) - 0.5 - 1e-6)
     return count.to(torch.int64).clamp(min=0).minimum(room)
 
@@ -181,7 +187,7 @@ def token_centres(
     del flip
     which = tokens if tokens is not None else int(grid.prod(1).max()) if capacity is None else capacity
     index, _ = token_index(grid, which)
-    size = torch.tensor(patch, device=grid.device, dtype=torch.float64)
+    size = constant(patch, grid.device, torch.float64)
     centre = start_mm.double()[:, None] + (index * size + size / 2) * spacing.double()[:, None]
     patient = torch.argsort(axes.to(torch.int64), dim=1)  # stem axis of each patient axis
     return centre.gather(2, patient[:, None].expand(-1, centre.shape[1], -1)).to(torch.float32)

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from model.patches import constant
+
 
 def rotary(
     centres: Tensor, head_dim: int, wavelengths: tuple[float, float] = (2.0, 2048.0)
@@ -81,17 +83,17 @@ class LearnedPositions(nn.Module):
 
     def forward(self, index: Tensor, grid: Tensor) -> Tensor:
         """index: (n, m, 3) token index; grid: (n, 3) -> (n, m, width)."""
-        size = torch.tensor(self.grid, device=index.device)
+        size = constant(self.grid, index.device)
         place = (index + 0.5) * (size / grid.clamp(min=1))[:, None] - 0.5
         place = place.clamp(min=0).minimum(size - 1.0)
         lower = place.floor()
         weight = place - lower
         lower = lower.long()
         upper = (lower + 1).minimum(size - 1)
-        stride = torch.tensor((self.grid[1] * self.grid[2], self.grid[2], 1), device=index.device)
+        stride = constant((self.grid[1] * self.grid[2], self.grid[2], 1), index.device)
         total = self.table.new_zeros(())
         for corner in itertools.product((False, True), repeat=3):
-            up = torch.tensor(corner, device=index.device)
+            up = constant(corner, index.device, torch.bool)
             share = torch.where(up, weight, 1 - weight).prod(-1, keepdim=True).to(self.table.dtype)
             total = total + share * self.table[(torch.where(up, upper, lower) * stride).sum(-1)]
         return total

@@ -294,6 +294,21 @@ def test_spacing_and_patient_axes_are_seen() -> None:
     assert (one - three).abs().max() > 1e-3
 
 
+def test_index_positions_count_voxels_and_do_not_see_spacing() -> None:
+    encoder, in_mm = build(rotary="index"), build(rotary="mm")
+    image, thick = torch.randn(1, 1, 4, 32, 48), torch.tensor([[5.0, 1.0, 0.5]])
+    with torch.no_grad():
+        (one,) = encoder(image, thick, "slab")
+        (two,) = encoder(image, 2 * thick, "slab")
+        (three,) = encoder(image, thick, "slab", axes=(2, 0, 1))
+        (reference,) = in_mm(image, torch.ones(1, 3), "slab")
+        (other,) = in_mm(image, thick, "slab")
+    assert torch.equal(one, two)
+    assert torch.equal(one, reference)
+    assert (one - three).abs().max() > 1e-3
+    assert (one - other).abs().max() > 1e-3
+
+
 def test_a_learned_table_needs_the_grid_and_uses_it() -> None:
     encoder = build(learned_positions=(1, 4, 4))
     patches = torch.randn(1, 4, 256)
@@ -325,6 +340,7 @@ def test_configuration() -> None:
         {"size": None, "width": 96},
         {"width": 100},
         {"size": None, "width": 12, "depth": 1, "heads": 3},
+        {"size": None, "width": 12, "depth": 1, "heads": 3, "rotary": "index"},
         {"rotary_wavelengths": (4.0, 2.0)},
         {"patch": {}},
         {"colour": 1},
