@@ -2,9 +2,9 @@
 
 A batch is a plain dict from row-block name to `RowBlock`, one block for each geometry and row class of the
 order's composition. Its shapes depend on the composition alone. Voxels stay as stored (int16, or float32
-where the manifest holds any); all arithmetic on them happens on the device. Every random choice about a
-crop is drawn here from `rng(seed, index, purpose)`, so it depends neither on the rank nor on the worker nor
-on the crop's neighbours.
+where the manifest holds any); all arithmetic on them happens on the device. Masks and every other random
+choice about a crop are drawn here from `rng(seed, index, purpose)`, so they depend neither on the rank nor on
+the worker nor on the crop's neighbours.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.geometry import Kind
+from data_pipeline.geometry import PATCH, Kind
 from data_pipeline.order import RowSpec
 from data_pipeline.rng import rng
-from pretrain.masking import block_order, random_order
+from pretrain.masking import draw_mask, places
 from pretrain.objective import AugmentConfig, ObjectiveConfig
+from pretrain.validity import valid_tokens
 
 if TYPE_CHECKING:
     from data_pipeline.stream import Crop
@@ -33,8 +34,8 @@ _STANDARDISED = ("MR", "XR")  # arbitrary units, where a change of the tone curv
 class RowBlock(NamedTuple):
     """The n = rows * k crops of one row specification; all in stem axis order (thick axis of a slab first).
 
-    Crop `row * k + j` is the j-th of its row. A slot without a crop has `weight` 0 and one token of one
-    voxel.
+    Crop `row * k + j` is the j-th of its row. v and p are what a crop of the largest size needs at the
+    lowest and at the highest mask ratio. A slot without a crop has `weight` 0 and no token.
     """
 
     voxels: Tensor  # (n, V) int16 or float32 as stored: the crop in C-order, then zeros
@@ -47,7 +48,12 @@ class RowBlock(NamedTuple):
     flip: Tensor  # (n, 3) bool: reverse the content along this axis
     norm: Tensor  # (n, 7) float32: slope, intercept, low, high, center, scale, compress
     tone: Tensor  # (n, 3) float32: gain, shift, exponent of the intensity change; (1, 0, 1) leaves it alone
-    token_order: Tensor  # (n, capacity) int64: permutation of the token slots, see `pretrain.masking`
+    visible_ids: Tensor  # (n, v) int64: tokens to encode, C-order numbers over the grid; then zeros
+    target_ids: Tensor  # (n, p) int64: tokens to predict; then zeros
+    visible: Tensor  # (n,) int64: how many of `visible_ids` count
+    predicted: Tensor  # (n,) int64: how many of `target_ids` count
+    valid: Tensor  # (n,) int64: tokens of the crop that hold any voxel
+    slots: Tensor  # (n,) int64: tokens there would be room for
     drop: Tensor  # (n, depth) float32: uniform numbers for drop-path
     weight: Tensor  # (n,) float32: 1, or 0 where there is no crop
     modality: Tensor  # (n,) int64: place in MODALITIES
@@ -115,7 +121,7 @@ class Collate:
         }
 
     def _block(self, spec: RowSpec, crops: Sequence[Crop]) -> RowBlock:
-        a = _empty(spec.crops, spec.voxels, spec.capacity, self.depth, self.dtype)
+        a = _empty(spec, places(spec.capacity, self.objective), self.depth, self.dtype)
         for crop in crops:
             draw, slot = crop.draw, crop.draw.slot
             flat = np.ascontiguousarray(crop.voxels).reshape(-1)
@@ -124,7 +130,8 @@ class Collate:
                     f"crop {draw.index} has {flat.size} voxels, its row block holds {spec.voxels}; "
                     "the order and the collate function were made from different recipes"
                 )
-            a["voxels"][slot, : flat.size] = as_stored(flat, self.dtype)
+            stored = as_stored(flat, self.dtype)
+            a["voxels"][slot, : flat.size] = stored
             a["extent"][slot] = crop.voxels.shape
             a["grid"][slot] = draw.grid
             a["residual"][slot] = draw.residual
@@ -132,7 +139,6 @@ class Collate:
             a["spacing"][slot] = draw.spacing
             a["axes"][slot] = draw.axes
             a["norm"][slot] = crop.norm
-            a["token_order"][slot] = self._token_order(draw.index, draw.grid, spec.capacity)
             a["drop"][slot] = rng(self.seed, draw.index, "drop-path").random(self.depth, dtype=np.float32)
             a["weight"][slot] = 1.0
             a["modality"][slot] = MODALITIES.index(crop.modality)
@@ -142,13 +148,16 @@ class Collate:
                 config = self.objective.augment
                 a["flip"][slot] = rng(self.seed, draw.index, "flip").random(3) < config.flip
                 a["tone"][slot] = draw_tone(self.seed, draw.index, crop.modality, config)
+            valid = valid_tokens(
+                stored.reshape(crop.voxels.shape), draw.grid, draw.residual, a["flip"][slot].tolist(),
+                PATCH[spec.geometry],
+            )  # fmt: skip
+            visible, target = draw_mask(self.seed, draw.index, draw.grid, valid, self.objective)
+            a["visible_ids"][slot, : len(visible)] = visible
+            a["target_ids"][slot, : len(target)] = target
+            a["visible"][slot], a["predicted"][slot] = len(visible), len(target)
+            a["valid"][slot] = valid.sum()
         return RowBlock(**{name: torch.from_numpy(array) for name, array in a.items()})
-
-    def _token_order(self, index: int, grid: tuple[int, int, int], capacity: int) -> np.ndarray:
-        generator = rng(self.seed, index, "mask")
-        if self.objective.masking == "block":
-            return block_order(generator, grid, capacity, self.objective.mask_block)
-        return random_order(generator, grid, capacity)
 
 
 def draw_tone(seed: int, index: int, modality: str, config: AugmentConfig) -> tuple[float, float, float]:
@@ -167,11 +176,12 @@ def as_stored(voxels: np.ndarray, dtype: np.dtype) -> np.ndarray:
     raise ValueError(f"a {voxels.dtype} crop in a run of {dtype} voxels; open the dataset again")
 
 
-def _empty(n: int, voxels: int, capacity: int, depth: int, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Arrays of a block without crops."""
+def _empty(spec: RowSpec, places: tuple[int, int], depth: int, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Arrays of a block without crops; places: most visible and most predicted tokens."""
+    n = spec.crops
     norm = np.tile(np.array([1, 0, 0, 1, 0, 1, 0], dtype=np.float32), (n, 1))
     return {
-        "voxels": np.zeros((n, voxels), dtype),
+        "voxels": np.zeros((n, spec.voxels), dtype),
         "extent": np.ones((n, 3), np.int64),
         "grid": np.ones((n, 3), np.int64),
         "residual": np.ones((n, 3), np.float32),
@@ -181,7 +191,12 @@ def _empty(n: int, voxels: int, capacity: int, depth: int, dtype: np.dtype) -> d
         "flip": np.zeros((n, 3), bool),
         "norm": norm,
         "tone": np.tile(np.array([1, 0, 1], dtype=np.float32), (n, 1)),
-        "token_order": np.tile(np.arange(capacity, dtype=np.int64), (n, 1)),
+        "visible_ids": np.zeros((n, places[0]), np.int64),
+        "target_ids": np.zeros((n, places[1]), np.int64),
+        "visible": np.zeros(n, np.int64),
+        "predicted": np.zeros(n, np.int64),
+        "valid": np.zeros(n, np.int64),
+        "slots": np.full(n, spec.capacity, np.int64),
         "drop": np.ones((n, depth), np.float32),
         "weight": np.zeros(n, np.float32),
         "modality": np.zeros(n, np.int64),

@@ -1,125 +1,189 @@
 """The light decoder of masked autoencoding: a few pre-norm transformer blocks over the tokens of each crop.
 
 `self` (He et al. 2022): visible and mask tokens attend to each other. `cross` (CrossMAE, Fu et al. 2024): a
-mask token reads the visible tokens only, so the predictions do not depend on each other. Positions enter by
-the same rotary tables in mm as in the encoder, computed in float32.
+mask token reads the visible tokens only, so the predictions do not depend on each other. Crops of all sizes
+lie one after another in flat tensors, as in the encoder, so that each block is called once. Positions enter
+as in the encoder: rotary, or by a learned table where the encoder has no rotary positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from model.block import LayerNorm
-from model.positions import apply_rotary, rotary
+from model.block import Block, LayerNorm, Layout, Rotary, key_masks
+from model.config import EncoderConfig
+from model.errors import UserError
+from model.patches import token_index
+from model.positions import LearnedPositions, apply_rotary, rotary
+from pretrain.objective import ObjectiveConfig
 
-Table = tuple[Tensor, Tensor]  # rotary cosines and sines, each (n * tokens, head width / 2) float32
+Masks = Sequence[Tensor | None]
 
 
-class DecoderBlock(nn.Module):
-    """Attention and MLP; queries attend to their own crop's keys only."""
+class Places(NamedTuple):
+    """Where packed tokens lie."""
 
-    def __init__(self, width: int, heads: int, cross: bool) -> None:
+    centres: Tensor  # (S, 3) float32: along the patient axes, in mm or for rotary "index" in voxels
+    ids: Tensor  # (S,) int64: token number, C-order over the grid
+    grid: Tensor  # (S, 3) int64: tokens of their crop
+
+
+class CrossBlock(nn.Module):
+    """x + attention(norm(x), norm(memory)), then x + mlp(norm(x)); a query reads its crop's memory only."""
+
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1 = LayerNorm(width, eps=1e-6)
-        self.norm_memory = LayerNorm(width, eps=1e-6) if cross else None
+        width, _, self.heads = config.shape
+        self.norm1 = LayerNorm(width, config.norm_eps)
+        self.norm_memory = LayerNorm(width, config.norm_eps)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
-        self.project = nn.Linear(width, width)
-        self.norm2 = LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.proj = nn.Linear(width, width)
+        self.norm2 = LayerNorm(width, config.norm_eps)
+        self.mlp = Mlp(width, config.mlp_hidden)
 
     def forward(
-        self, x: Tensor, memory: Tensor | None, tables: tuple[Table, Table], attend: Tensor
+        self,
+        x: Tensor,
+        memory: Tensor,
+        layout: Layout,
+        memory_layout: Layout,
+        tables: tuple[Rotary, Rotary] | None,
+        masks: Masks,
     ) -> Tensor:
-        """`x` (n, q, w); `memory` (n, k, w), None for self-attention; `attend` (n, k) bool; returns (n, q,
-        w).
-        """
-        normed = self.norm1(x)
-        source = normed if memory is None or self.norm_memory is None else self.norm_memory(memory)
-        key, value = self.key_value(source).chunk(2, dim=-1)
-        mixed = functional.scaled_dot_product_attention(
-            self._heads(self.query(normed), tables[0]),
-            self._heads(key, tables[1]),
-            self._heads(value, None),
-            attn_mask=attend[:, None, None, :],
-        )
-        x = x + self.project(mixed.transpose(1, 2).flatten(2))
+        """x: (S, w) queries; memory: (M, w); their layouts have equal sequences; tables: rotary of both;
+        masks: per segment over the memory, see `key_masks`. Gives (S, w)."""
+        q = self.query(self.norm1(x)).view(len(x), self.heads, -1)
+        k, v = self.key_value(self.norm_memory(memory)).view(len(memory), 2, self.heads, -1).unbind(1)
+        if tables is not None:
+            q, k = apply_rotary(q, *tables[0], dtype=v.dtype), apply_rotary(k, *tables[1], dtype=v.dtype)
+        x = x + self.proj(self._attend(q, k, v, layout, memory_layout, masks).flatten(1))
         return x + self.mlp(self.norm2(x))
 
-    def _heads(self, x: Tensor, table: Table | None) -> Tensor:
-        """(n, tokens, w) -> (n, heads, tokens, head width), turned by the rotary table where there is one."""
-        split = x.unflatten(-1, (self.heads, -1))
-        if table is not None:
-            split = apply_rotary(split.flatten(0, 1), *table).unflatten(0, x.shape[:2])
-        return split.transpose(1, 2)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory_layout: Layout, masks: Masks
+    ) -> Tensor:
+        """Attention of packed heads (S, heads, head width) to (M, heads, head width)."""
+        queries = q.split([n * length for n, length in layout])
+        sizes = [n * length for n, length in memory_layout]
+        mixed = []
+        for (n, length), mask, query, *parts in zip(layout, masks, queries, k.split(sizes), v.split(sizes)):
+            if n * length == 0:
+                mixed.append(query)
+                continue
+            own, key, value = (part.unflatten(0, (n, -1)).transpose(1, 2) for part in (query, *parts))
+            out = functional.scaled_dot_product_attention(own, key, value, attn_mask=mask)
+            mixed.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(mixed)
 
 
 class Decoder(nn.Module):
-    """Predicts features of the masked tokens of each crop from the encoder's features of the visible ones."""
+    """Predicts features of the masked tokens of each crop from the encoder's features of the visible ones.
 
-    def __init__(
-        self,
-        encoder_width: int,
-        width: int,
-        depth: int,
-        heads: int,
-        cross: bool,
-        wavelengths: tuple[float, float],
-    ) -> None:
+    Raises UserError for an encoder without any positions: all predictions of a crop would be the same.
+    """
+
+    def __init__(self, encoder: EncoderConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
-        self.cross = cross
-        self.head_width = width // heads
-        self.wavelengths = wavelengths
-        self.embed = nn.Linear(encoder_width, width)
+        if encoder.rotary == "off" and encoder.learned_positions is None:
+            raise UserError(
+                'encoder.rotary is "off" and encoder.learned_positions is not set: without positions the '
+                "decoder cannot tell masked tokens apart; set one of them"
+            )
+        width, self.cross = objective.decoder_width, objective.decoder == "cross"
+        self.config = EncoderConfig(
+            size=None, width=width, depth=objective.decoder_depth, heads=objective.decoder_heads,
+            rotary=encoder.rotary, rotary_wavelengths=encoder.rotary_wavelengths,
+        )  # fmt: skip
+        self.checkpointing = False
+        self.embed = nn.Linear(encoder.shape.width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads, cross) for _ in range(depth))
-        self.norm = LayerNorm(width, eps=1e-6)
+        table = encoder.learned_positions if encoder.rotary == "off" else None
+        self.positions = LearnedPositions(table, width) if table else None
+        kind = CrossBlock if self.cross else Block
+        self.blocks = nn.ModuleList(kind(self.config) for _ in range(objective.decoder_depth))
+        self.norm = LayerNorm(width, self.config.norm_eps)
         self.apply(_initialise)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
         self,
-        features: Sequence[Tensor],
-        attend: Sequence[Tensor],
-        centres: Sequence[Tensor],
-        target_centres: Sequence[Tensor],
-        predicted: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """One entry a row block: `features` (n, v, D), `attend` (n, v), `centres` (n, v, 3), `target_centres`
-        (n, p, 3), `predicted` (n, p); returns (n, p, width) each."""
-        return [
-            self._block(*each)
-            for each in zip(features, attend, centres, target_centres, predicted, strict=True)
-        ]
-
-    def _block(
-        self, features: Tensor, attend: Tensor, centres: Tensor, target_centres: Tensor, predicted: Tensor
+        features: Tensor,
+        seen: Places,
+        asked: Places,
+        layout: Layout,
+        asked_layout: Layout,
+        attend: Tensor,
+        predicted: Tensor,
     ) -> Tensor:
+        """features: (V, D) of the visible tokens, packed by `layout`; places of the visible and of the
+        predicted tokens, the latter packed by `asked_layout` with the same sequences; attend (V,), predicted
+        (T,): bool, False where no token stands. Gives (T, width) of the predicted tokens."""
         visible = self.embed(features)
-        masked = self.mask_token.to(visible.dtype).expand(*predicted.shape, -1)
-        keys = self._table(centres)
+        masked = self.mask_token.to(visible.dtype).expand(len(predicted), -1)
+        if self.positions is not None:
+            grid, ids = torch.cat((seen.grid, asked.grid)), torch.cat((seen.ids, asked.ids))
+            index, _ = token_index(grid, ids[:, None])
+            added = self.positions(index, grid)[:, 0].to(visible.dtype)
+            visible, masked = visible + added[: len(visible)], masked + added[len(visible) :]
         if self.cross:
-            x, tables = masked, (self._table(target_centres), keys)
+            tables, other = self._tables(asked.centres), self._tables(seen.centres)
+            masks = key_masks(attend, layout)
+            both = None if tables is None or other is None else (tables, other)
+            x = masked
             for block in self.blocks:
-                x = block(x, visible, tables, attend)
+                x = self._call(block, x, visible, asked_layout, layout, both, masks)
             return self.norm(x)
-        x = torch.cat([visible, masked], dim=1)
-        both = self._table(torch.cat([centres, target_centres], dim=1))
-        everything = torch.cat([attend, predicted], dim=1)
+        x = _join(visible, masked, layout, asked_layout)
+        whole = tuple((n, v + p) for (n, v), (_, p) in zip(layout, asked_layout))
+        masks = key_masks(_join(attend, predicted, layout, asked_layout), whole)
+        tables = self._tables(_join(seen.centres, asked.centres, layout, asked_layout))
         for block in self.blocks:
-            x = block(x, None, (both, both), everything)
-        return self.norm(x[:, visible.shape[1] :])
+            x = self._call(block, x, whole, tables, masks)
+        return self.norm(_second(x, layout, asked_layout))
 
-    def _table(self, centres: Tensor) -> Table:
-        return rotary(centres.flatten(0, 1), self.head_width, self.wavelengths)
+    def _call(self, block: nn.Module, *args: object) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False))
+        return cast(Tensor, block(*args))
+
+    def _tables(self, centres: Tensor) -> Rotary | None:
+        width, _, heads = self.config.shape
+        if self.config.rotary == "off":
+            return None
+        return rotary(centres, width // heads, self.config.rotary_wavelengths)
+
+
+def _join(first: Tensor, second: Tensor, layout: Layout, other: Layout) -> Tensor:
+    """Each sequence of `first` (V, ...) followed by the same one of `second` (T, ...): (V + T, ...)."""
+    parts = []
+    firsts = first.split([n * length for n, length in layout])
+    seconds = second.split([n * length for n, length in other])
+    for (n, _), one, two in zip(layout, firsts, seconds):
+        parts.append(torch.cat((one.unflatten(0, (n, -1)), two.unflatten(0, (n, -1))), 1).flatten(0, 1))
+    return torch.cat(parts)
+
+
+def _second(x: Tensor, layout: Layout, other: Layout) -> Tensor:
+    """The second parts (T, ...) of what `_join` joined."""
+    parts = []
+    for part, (n, v), (_, p) in zip(
+        x.split([n * (v + p) for (n, v), (_, p) in zip(layout, other)]), layout, other
+    ):
+        parts.append(part.unflatten(0, (n, v + p))[:, v:].flatten(0, 1))
+    return torch.cat(parts)
 
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+    elif isinstance(module, LearnedPositions):
+        nn.init.trunc_normal_(module.table, std=0.02)

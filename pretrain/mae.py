@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from model.config import EncoderConfig, Kind
 from model.encoder import Encoder
 from pretrain.batch import MODALITIES, Batch, RowBlock, geometry_of_block
-from pretrain.decoder import Decoder
+from pretrain.decoder import Decoder, Places
 from pretrain.objective import ObjectiveConfig
-from pretrain.tokens import Tokens, tokenise
+from pretrain.tokens import Tokens, index_centres, tokenise
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -32,7 +32,8 @@ class Reconstruction(NamedTuple):
     prediction: (
         Tensor  # (n, p, P) float32, in the units of `tokens.target` (of the normalised patch for norm_pix)
     )
-    crop_loss: Tensor  # (n,) float32: mean squared error over the crop's scored voxels; 0 without any
+    crop_error: Tensor  # (n,) float32: mean squared error over the crop's scored voxels; 0 without any
+    crop_loss: Tensor  # (n,) float32: what is trained on: that, and the gradient term where there is one
 
 
 class MaskedAutoencoder(nn.Module):
@@ -51,17 +52,12 @@ class MaskedAutoencoder(nn.Module):
         self.crops_per_update = crops_per_update
         self.encoder = Encoder(encoder)
         config = self.encoder.config
-        self.decoder = Decoder(
-            self.encoder.width,
-            objective.decoder_width,
-            objective.decoder_depth,
-            objective.decoder_heads,
-            objective.decoder == "cross",
-            config.rotary_wavelengths,
-        )
+        self.decoder = Decoder(config, objective)
         self.heads = nn.ModuleDict(
             {kind: _head(objective.decoder_width, math.prod(patch)) for kind, patch in config.patch.items()}
         )
+        self.drop_rates: Tensor
+        self.register_buffer("drop_rates", torch.tensor(self.encoder.drop_rates), persistent=False)
 
     def forward(self, batch: Batch, reconstruct: bool = False) -> Any:
         """Loss and metrics `(Tensor, Metrics)` of one micro-step; with `reconstruct` what `reconstruct()`
@@ -80,8 +76,9 @@ class MaskedAutoencoder(nn.Module):
         return total / self.crops_per_update + idle, metrics(blocks, results)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Recompute the encoder's blocks in the backward pass; a hook of the engine."""
+        """Recompute every block in the backward pass; a hook of the engine."""
         self.encoder.set_checkpointing(on)
+        self.decoder.checkpointing = on
 
     def blocks_to_compile(self) -> Iterable[nn.Module]:
         """The blocks that are compiled one by one; a hook of the engine."""
@@ -94,77 +91,82 @@ class MaskedAutoencoder(nn.Module):
     def _run(self, batch: Batch) -> tuple[list[Reconstruction], Tensor]:
         """Reconstructions, and a 0 through which heads without any crop take part in the backward pass.
 
-        Every stem and head is called exactly once and in the same order on every rank, without rows if need
-        be: at ZeRO 3 a call gathers the layer's weights from all ranks, so that neither the calls nor their
-        order may depend on what a rank drew.
+        Every stem, block and head is called exactly once and in the same order on every rank, without rows if
+        need be: at ZeRO 3 a call gathers the layer's weights from all ranks, so that neither the calls nor
+        their order may depend on what a rank drew.
         """
-        order = [
-            name for kind in self.encoder.config.patch for name in batch if geometry_of_block(name) == kind
-        ]
+        patches = self.encoder.config.patch
+        order = [name for kind in patches for name in batch if geometry_of_block(name) == kind]
         kinds = [geometry_of_block(name) for name in order]
         blocks = [batch[name] for name in order]
-        tokens = [tokenise(b, self.encoder.patch(kind), self.objective) for b, kind in zip(blocks, kinds)]
-        attend = [_some_key(t.attend) for t in tokens]
-        decoded = self.decoder(
-            self._encode(kinds, blocks, tokens, attend),
-            attend,
-            [t.visible_centres for t in tokens],
-            [t.target_centres for t in tokens],
-            [t.predicted for t in tokens],
-        )
+        tokens = [tokenise(block, patches[kind]) for block, kind in zip(blocks, kinds)]
+        layout = tuple((len(t.attend), t.attend.shape[1]) for t in tokens)
+        asked_layout = tuple((len(t.predicted), t.predicted.shape[1]) for t in tokens)
+        attend, predicted = _packed(t.attend for t in tokens), _packed(t.predicted for t in tokens)
+        seen, asked = self._places(kinds, blocks, tokens)
+        features = self.encoder.trunk(
+            self._embed(kinds, tokens, seen), seen.centres, layout, attend, self._drop(blocks)
+        )[-1]
+        decoded = self.decoder(features, seen, asked, layout, asked_layout, attend, predicted)
+
+        rows = decoded.split([n * length for n, length in asked_layout])
         found: dict[str, Reconstruction] = {}
-        idle = decoded[0].new_zeros((), dtype=torch.float32)
-        for kind, head in self.heads.items():
+        idle = decoded.new_zeros((), dtype=torch.float32)
+        for kind, patch in patches.items():
             mine = [number for number, other in enumerate(kinds) if other == kind]
-            rows = [decoded[number].flatten(0, 1) for number in mine]
-            out = head(torch.cat([decoded[0].new_zeros(0, decoded[0].shape[-1]), *rows])).float()
+            out = self.heads[kind](torch.cat([decoded[:0], *(rows[number] for number in mine)])).float()
             idle = idle + out[:0].sum()
-            for number, part in zip(mine, out.split([len(r) for r in rows]) if rows else ()):
-                prediction = part.unflatten(0, decoded[number].shape[:2])
-                loss = self._crop_loss(tokens[number], prediction)
-                found[order[number]] = Reconstruction(tokens[number], prediction, loss)
+            for number, part in zip(mine, out.split([len(rows[number]) for number in mine]) if mine else ()):
+                prediction = part.unflatten(0, asked_layout[number])
+                found[order[number]] = self._scored(tokens[number], prediction, patch)
         return [found[name] for name in batch], idle
 
-    def _encode(
-        self, kinds: list[Kind], blocks: list[RowBlock], tokens: list[Tokens], attend: list[Tensor]
-    ) -> list[Tensor]:
-        """Features (n, v, D) of the visible tokens: one pass of the trunk over the segments of all blocks,
-        which come in the order of the encoder's stems.
-        """
-        embedded = []
-        for kind, patch in self.encoder.config.patch.items():
-            mine = [(b, t) for b, t, other in zip(blocks, tokens, kinds) if other == kind]
-            # A token a sequence, so that blocks of different lengths go through the stem together.
-            none = tokens[0].visible.new_zeros(0, 1, math.prod(patch))
-            stem = self.encoder.stem(
-                kind,
-                torch.cat([none, *(t.visible.flatten(0, 1)[:, None] for _, t in mine)]),
-                torch.cat([blocks[0].grid[:0], *(_repeated(b.grid, t.visible_ids) for b, t in mine)]),
-                torch.cat([tokens[0].visible_ids[:0, :1], *(t.visible_ids.reshape(-1, 1) for _, t in mine)]),
+    def _places(
+        self, kinds: list[Kind], blocks: list[RowBlock], tokens: list[Tokens]
+    ) -> tuple[Places, Places]:
+        """Where the visible and the predicted tokens of all blocks lie."""
+        patches, by_index = self.encoder.config.patch, self.encoder.config.rotary == "index"
+        places = []
+        for visible in (True, False):
+            ids = [t.visible_ids if visible else t.target_ids for t in tokens]
+            centres = [t.visible_centres if visible else t.target_centres for t in tokens]
+            if by_index:
+                centres = [index_centres(b, i, patches[k]) for b, i, k in zip(blocks, ids, kinds)]
+            places.append(
+                Places(
+                    _packed(centres),
+                    torch.cat([i.flatten() for i in ids]),
+                    _packed(block.grid[:, None].expand(*i.shape, 3) for block, i in zip(blocks, ids)),
+                )
             )
+        return places[0], places[1]
+
+    def _embed(self, kinds: list[Kind], tokens: list[Tokens], seen: Places) -> Tensor:
+        """Visible tokens (V, D) of all blocks, which come in the order of the encoder's stems."""
+        embedded, start = [], 0
+        for kind, patch in self.encoder.config.patch.items():
+            none = tokens[0].visible.new_zeros(0, math.prod(patch))
+            values = torch.cat([none, *(t.visible.flatten(0, 1) for t, k in zip(tokens, kinds) if k == kind)])
+            here = slice(start, start + len(values))
+            start += len(values)
+            # A token a sequence, so that blocks of different lengths go through the stem together.
+            stem = self.encoder.stem(kind, values[:, None], seen.grid[here], seen.ids[here, None])
             embedded.append(stem[:, 0])
-        layout = tuple((t.visible_ids.shape[0], t.visible_ids.shape[1]) for t in tokens)
-        flat = self.encoder.trunk(
-            torch.cat(embedded),
-            torch.cat([t.visible_centres.flatten(0, 1) for t in tokens]),
-            layout,
-            torch.cat([a.flatten() for a in attend]),
-            self._drop(blocks),
-            None,
-        )[-1]
-        parts = flat.split([n * length for n, length in layout])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, layout)]
+        return torch.cat(embedded)
 
     def _drop(self, blocks: list[RowBlock]) -> Tensor | None:
         """Drop-path decisions (crops, depth) bool from the crops' own uniform numbers; None in eval mode."""
         if not self.training or self.encoder.config.drop_path == 0.0:
             return None
-        uniform = torch.cat([b.drop for b in blocks])
-        return uniform < torch.tensor(self.encoder.drop_rates, device=uniform.device)
+        return torch.cat([b.drop for b in blocks]) < self.drop_rates
 
-    def _crop_loss(self, tokens: Tokens, prediction: Tensor) -> Tensor:
+    def _scored(self, tokens: Tokens, prediction: Tensor, patch: tuple[int, int, int]) -> Reconstruction:
         target = patch_normalised(tokens) if self.objective.norm_pix else tokens.target
-        return crop_error(prediction, target, tokens.scored)
+        error = loss = crop_error(prediction, target, tokens.scored)
+        if self.objective.gradient_weight:
+            difference = gradient_error(prediction - target, tokens.scored, patch)
+            loss = error + self.objective.gradient_weight * difference
+        return Reconstruction(tokens, prediction, error, loss)
 
 
 def crop_error(prediction: Tensor, target: Tensor, scored: Tensor) -> Tensor:
@@ -173,6 +175,23 @@ def crop_error(prediction: Tensor, target: Tensor, scored: Tensor) -> Tensor:
     """
     squared = torch.where(scored, (prediction - target).square(), 0.0)
     return squared.sum(dim=(1, 2)) / scored.sum(dim=(1, 2)).clamp(min=1)
+
+
+def gradient_error(error: Tensor, scored: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Mean squared difference (n,) float32 of the error (n, p, P) between voxels that are neighbours in a
+    patch.
+
+    The differences of prediction and of target along each axis, compared: the mean over all pairs of scored
+    neighbours on all axes, in units of a voxel, whatever the spacing.
+    """
+    volume, there = error.unflatten(2, patch), scored.unflatten(2, patch)
+    total, pairs = error.new_zeros(len(error)), error.new_zeros(len(error))
+    for axis, size in enumerate(patch, start=2):
+        both = there.narrow(axis, 1, size - 1) & there.narrow(axis, 0, size - 1)
+        step = volume.diff(dim=axis)
+        total = total + torch.where(both, step.square(), 0.0).flatten(1).sum(1)
+        pairs = pairs + both.flatten(1).sum(1)
+    return total / pairs.clamp(min=1)
 
 
 def patch_normalised(tokens: Tokens) -> Tensor:
@@ -202,16 +221,16 @@ def metrics(blocks: list[RowBlock], results: list[Reconstruction]) -> Metrics:
     for number, name in enumerate(MODALITIES):
         mine = weight * (modality == number)
         found[f"loss/{name}"] = ((loss * mine).sum(), mine.sum())
-    slots = torch.cat([b.weight * b.token_order.shape[1] for b in blocks])
-    valid = torch.cat([b.weight * r.tokens.valid for b, r in zip(blocks, results)])
+    slots = torch.cat([b.weight * b.slots for b in blocks])
+    valid = torch.cat([b.weight * b.valid for b in blocks])
     found["slot_waste"] = ((slots - valid).sum(), slots.sum())
     found["substituted"] = (torch.cat([b.substituted for b in blocks]).sum(), weight.sum())
     return found
 
 
-def _repeated(grid: Tensor, ids: Tensor) -> Tensor:
-    """The grid (n, 3) of each crop for each of its tokens `ids` (n, v): (n * v, 3)."""
-    return grid.repeat_interleave(ids.shape[1], dim=0)
+def _packed(parts: Iterable[Tensor]) -> Tensor:
+    """The sequences (n, length, ...) of each block one after another: (S, ...)."""
+    return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 def _head(width: int, voxels: int) -> nn.Linear:
@@ -219,12 +238,3 @@ def _head(width: int, voxels: int) -> nn.Linear:
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
     return head
-
-
-def _some_key(attend: Tensor) -> Tensor:
-    """`attend` with the first place always on: a crop without any valid token must not make softmax divide
-    by zero.
-    """
-    first = torch.zeros_like(attend)
-    first[:, 0] = True
-    return attend | first

@@ -1,8 +1,8 @@
 """From stored voxels to the visible and the predicted tokens of each crop; runs on the device, in float32.
 
-All shapes are static and nothing here waits for the device. A token is valid when it holds at least one
-voxel that is inside the crop and not marked invalid by the source. Only valid tokens are attended to and
-only valid voxels of predicted tokens are scored.
+Only these tokens are cut out, resampled and normalised. All shapes are static and nothing here waits for the
+device. Only valid voxels of predicted tokens are scored: those inside the crop and not marked invalid by the
+source.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch import Tensor
 from model.normalise import background, normalise
 from model.patches import gather_patches, token_centres
 from pretrain.batch import RowBlock
-from pretrain.masking import predicted_count, valid_first, visible_count
-from pretrain.objective import ObjectiveConfig
 
 Patch = tuple[int, int, int]
 
@@ -25,8 +23,8 @@ class Tokens(NamedTuple):
     """The n crops of a row block as tokens; v and p are the most visible and predicted tokens a crop can
     have.
 
-    P is the voxels of a patch, in C-order over the stem's axes. Unused places hold some token's data and
-    are False in `attend` or `scored`.
+    P is the voxels of a patch, in C-order over the stem's axes. Unused places hold the crop's first token
+    and are False in `attend` or `scored`.
     """
 
     visible: Tensor  # (n, v, P) float32: normalised values
@@ -43,43 +41,46 @@ class Tokens(NamedTuple):
     valid: Tensor  # (n,) int64: valid tokens of the crop
 
 
-def tokenise(block: RowBlock, patch: Patch, objective: ObjectiveConfig) -> Tokens:
-    """Cut, normalise and mask the crops of a block."""
-    n, capacity = block.token_order.shape
+def tokenise(block: RowBlock, patch: Patch) -> Tokens:
+    """Cut and normalise the tokens of a block that its masks name."""
+    ids = torch.cat([block.visible_ids, block.target_ids], dim=1)
+    split = [block.visible_ids.shape[1], block.target_ids.shape[1]]
     on_cpu = block.voxels.device.type == "cpu"  # where a look at the values waits for nothing
     raw, inside = gather_patches(
-        block.voxels, block.extent, block.grid, block.residual, block.flip, patch, capacity,
-        resample=None if on_cpu else True,
+        block.voxels, block.extent, block.grid, block.residual, block.flip, patch, sum(split),
+        tokens=ids, resample=None if on_cpu else True,
     )  # fmt: skip
     values = change_tone(normalise(raw, block.norm, inside), block.norm, block.tone)
-    centres = token_centres(
-        block.grid, block.start_mm, block.spacing, patch, block.axes, block.flip, capacity
+    centres = token_centres(block.grid, block.start_mm, block.spacing, patch, block.axes, tokens=ids)
+    visible, target = values.split(split, 1)
+    visible_inside, target_inside = inside.split(split, 1)
+    visible_centres, target_centres = centres.split(split, 1)
+    attend, predicted = (
+        torch.arange(places, device=ids.device) < count[:, None]
+        for places, count in zip(split, (block.visible, block.predicted))
     )
-    usable = inside.any(dim=-1)
-    order = valid_first(block.token_order, usable)
-    valid = usable.sum(dim=1)
-    ratio, share = objective.mask_ratio, objective.predict_share
-    visible, predicted = visible_count(valid, ratio), predicted_count(valid, ratio, share)
-    most_visible, most_predicted = visible_count(capacity, ratio), predicted_count(capacity, ratio, share)
-
-    visible_ids = order[:, :most_visible]
-    place = torch.arange(most_predicted, device=order.device).expand(n, -1)
-    target_ids = order.gather(1, (place + visible[:, None]).clamp(max=capacity - 1))
-    is_predicted = place < predicted[:, None]
     return Tokens(
-        visible=take(values, visible_ids),
-        visible_inside=take(inside, visible_ids),
-        visible_centres=take(centres, visible_ids),
-        visible_ids=visible_ids,
-        attend=torch.arange(most_visible, device=order.device) < visible[:, None],
-        target=take(values, target_ids),
-        scored=take(inside, target_ids) & is_predicted[..., None],
-        target_centres=take(centres, target_ids),
-        target_ids=target_ids,
-        predicted=is_predicted,
+        visible=visible,
+        visible_inside=visible_inside,
+        visible_centres=visible_centres,
+        visible_ids=block.visible_ids,
+        attend=attend,
+        target=target,
+        scored=target_inside & predicted[..., None],
+        target_centres=target_centres,
+        target_ids=block.target_ids,
+        predicted=predicted,
         voxel_offsets=voxel_offsets(block, patch),
-        valid=valid,
+        valid=block.valid,
     )
+
+
+def index_centres(block: RowBlock, ids: Tensor, patch: Patch) -> Tensor:
+    """Centres (n, m, 3) float32 of tokens `ids` in voxels from the crop's corner: positions without mm."""
+    return token_centres(
+        block.grid, torch.zeros_like(block.start_mm), torch.ones_like(block.spacing), patch, block.axes,
+        tokens=ids,
+    )  # fmt: skip
 
 
 def voxel_offsets(block: RowBlock, patch: Patch) -> Tensor:
@@ -91,22 +92,17 @@ def voxel_offsets(block: RowBlock, patch: Patch) -> Tensor:
     return stem.gather(2, patient[:, None].expand_as(stem))
 
 
-def take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` (n, m) of `tokens` (n, capacity, d): (n, m, d)."""
-    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
 def change_tone(values: Tensor, norm: Tensor, tone: Tensor) -> Tensor:
-    """Apply the intensity change (gain, shift, exponent) of each crop to its normalised values (n,
-    capacity, P).
+    """Apply the intensity change (gain, shift, exponent) of each crop to its normalised values (n, m, P).
 
     The exponent bends the range between the normalised ends of the clip window, then gain and shift apply.
     """
-    low, high = background(norm)[:, None, None], ceiling(norm)[:, None, None]
     gain, shift, exponent = (tone[:, k, None, None] for k in range(3))
-    share = ((values - low) / (high - low)).clamp(0.0, 1.0)
-    bent = torch.where(exponent == 1.0, values, low + (high - low) * share.pow(exponent))
-    return bent * gain + shift
+    if tone.device.type != "cpu" or bool((exponent != 1.0).any()):  # costly; a device cannot be asked
+        low, high = background(norm)[:, None, None], ceiling(norm)[:, None, None]
+        share = ((values - low) / (high - low)).clamp(0.0, 1.0)
+        values = torch.where(exponent == 1.0, values, low + (high - low) * share.pow(exponent))
+    return values * gain + shift
 
 
 def ceiling(norm: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ CASES = [
 
 def tokens_of(hand: Any, crop: Any, geometry: str, **changes: Any) -> Any:
     model, batch = hand.build([hand.spec(geometry, 1, 1, 96)], [crop], augment=False, **changes)
-    return tokenise(next(iter(batch.values())), model.encoder.patch(geometry), model.objective)
+    return tokenise(next(iter(batch.values())), model.encoder.patch(geometry))
 
 
 @pytest.mark.parametrize(("geometry", "shape", "axes", "spacing"), CASES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_pipeline.geometry import PATCH
+from data_pipeline.rng import rng
 from pretrain.batch import MODALITIES
 
 
@@ -44,7 +45,8 @@ def reference(crop: Any, block: Any, slot: int, result: Any, ratio: float) -> fl
             x_ * patch[2] : (x_ + 1) * patch[2],
         ]
 
-    valid = [t for t in block.token_order[slot].tolist() if t < np.prod(grid) and cut(there, t).any()]
+    order = rng(0, crop.draw.index, "mask").permutation(int(np.prod(grid))).tolist()
+    valid = [t for t in order if cut(there, t).any()]
     hidden = min(int(np.floor(len(valid) * ratio + 0.5)), len(valid) - 1)
     masked = valid[len(valid) - hidden :]
     assert int(result.tokens.valid[slot]) == len(valid)
