@@ -162,7 +162,7 @@ def newest(run: Path, world: World, warn: Callable[[str], None]) -> Checkpoint |
     reasons = []
     for name in folders:
         folder = run / "checkpoints" / name
-        faults = [fault for fault in world.gather(_fault(folder, world.rank, world.size)) if fault]
+        faults = [found for found in world.gather(fault(folder, world.rank, world.size)) if found]
         if not faults:
             checkpoint = Checkpoint(folder)
             if (version := checkpoint.state.get("format_version")) != FORMAT_VERSION:
@@ -271,7 +271,7 @@ def _finish(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _fault(folder: Path, rank: int, ranks: int) -> str:
+def fault(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     """What is wrong with this rank's share of a checkpoint's files, or an empty string."""
     try:
         complete = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
