@@ -1,0 +1,96 @@
+"""Signs that features or attention have collapsed, which the loss alone does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+ROUNDING = 2.0**-9  # relative rounding error of bfloat16: what is smaller is no difference between tokens
+
+LOW_RANK = 0.02  # share of the width
+HALVED = 0.5  # of the rank at the earlier score
+SAME = 0.99  # mean cosine between tokens
+UNIFORM, SINGLE = 0.98, 0.02  # attention entropy
+
+
+def spread(features: Iterable[Tensor]) -> dict[str, float]:
+    """Effective rank, its share of the width, and mean cosine, of features (n_i, D) of several images pooled.
+
+    `rank`: RankMe (Garrido et al. 2023), the exponential of the entropy of the normalised singular values, of
+    features around their mean; without that, the large part that all tokens share would hide the rest.
+    Singular values that rounding to bfloat16 explains count as 0, so that equal features have rank 0 and not
+    that of their rounding errors. `cosine`: mean over all pairs of tokens, 1 where all are alike.
+    """
+    count, total, gram, directions = 0, None, None, None
+    for image in features:
+        x = image.double()
+        unit = torch.nn.functional.normalize(x, dim=1).sum(0)
+        if total is None or gram is None or directions is None:
+            total, gram, directions = x.sum(0), x.T @ x, unit
+        else:
+            total, gram, directions = total + x.sum(0), gram + x.T @ x, directions + unit
+        count += len(x)
+    if total is None or gram is None or directions is None or count < 2:
+        raise ValueError("the spread of fewer than two tokens is not defined")
+    mean = total / count
+    width = len(mean)
+    singular = torch.linalg.eigvalsh(gram - count * mean[:, None] * mean).clamp(min=0).sqrt()
+    size = (gram.trace() / (count * width)).sqrt()
+    # Largest singular value of count x width independent errors of that size.
+    noise = ROUNDING * size * (count**0.5 + width**0.5)
+    rank = effective_rank(torch.where(singular > noise, singular, 0.0))
+    cosine = float((directions.square().sum() - count) / (count * (count - 1)))
+    return {"rank": rank, "rank_share": rank / width, "cosine": cosine}
+
+
+def effective_rank(singular: Tensor) -> float:
+    """Exponential of the entropy of singular values over their sum; 0 where all are 0."""
+    total = singular.sum()
+    if not bool(total > 0):
+        return 0.0
+    return float(torch.special.entr(singular / total).sum().exp())
+
+
+def attention(entropy: Tensor) -> dict[str, float]:
+    """Summary of `Encoder.attention_entropy` of several images (images, depth, heads).
+
+    `attention_entropy_min`, `_mean`, `_max` over the heads of all blocks; `attention_entropy_block_min` over
+    blocks of the mean of their heads. Images whose attention has no choice (nan) are left out.
+    """
+    entropy = entropy[entropy.isfinite().flatten(1).all(1)].double()
+    if not len(entropy):
+        return {}
+    head = entropy.mean(0)
+    return {
+        "attention_entropy_min": float(head.min()),
+        "attention_entropy_mean": float(head.mean()),
+        "attention_entropy_max": float(head.max()),
+        "attention_entropy_block_min": float(head.mean(1).min()),
+    }
+
+
+def alarms(scores: Mapping[str, float], earlier: Mapping[str, float] | None = None) -> list[str]:
+    """Lines for people, none where all is well.
+
+    scores: figures by name, as `collapse/rank_share`; earlier: those of the score before, if any. The limits
+    are far outside what healthy encoders show, random ones included, so that a line means something.
+    """
+    lines = []
+    share, before = scores.get("collapse/rank_share"), (earlier or {}).get("collapse/rank_share")
+    if share is not None and share < LOW_RANK:
+        lines.append(f"features span {share:.1%} of their width: they have collapsed to a few directions")
+    elif share is not None and before is not None and share < HALVED * before:
+        lines.append(f"features span {share:.1%} of their width, {before:.1%} at the last score: collapsing?")
+    cosine = scores.get("collapse/cosine")
+    if cosine is not None and cosine > SAME:
+        lines.append(f"features of all tokens are nearly the same (mean cosine {cosine:.3f})")
+    lowest, least, block = (
+        scores.get(f"collapse/attention_entropy_{name}") for name in ("min", "max", "block_min")
+    )
+    if lowest is not None and lowest > UNIFORM:
+        lines.append(f"every head attends to all tokens alike (entropy at least {lowest:.3f} of its most)")
+    if least is not None and block is not None and block < SINGLE:
+        lines.append(f"all heads of a block attend to one token each (entropy {block:.3f} of its most)")
+    return lines
