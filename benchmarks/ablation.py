@@ -33,7 +33,6 @@ VARIANTS: dict[str, dict[str, str]] = {
     "cross-attention decoder": {"objective.decoder": "cross"},
     "norm-pix": {"objective.norm_pix": "true"},
     "positions by index": {"encoder.rotary": "index"},
-    "no positions": {"encoder.rotary": "off"},
     "gradient term 1.0": {"objective.gradient_weight": "1.0"},
     "half of the masked tokens": {"objective.predict_share": "0.5"},
 }
@@ -58,7 +57,8 @@ def run(folder: Path, changes: dict[str, str], seed: int, given: argparse.Namesp
         "engine.threads": "1",
         "evaluation.batches": "16",
         "probes.data": given.labelled or given.data,
-        "probes.source": given.source,
+        "probes.sources": f"[{given.source}]",
+        "probes.cases": "34",
         **changes,
     }
     words = [word for name, value in fields.items() for word in (f"--{name}", value)]
