@@ -134,6 +134,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu")
 
     p = commands.add_parser(
+        "probe",
+        help="held-out loss and few-shot probes of a pretraining checkpoint",
+        epilog="--follow scores every checkpoint a run keeps, while it trains: start it beside the run. It "
+        "ends with the run, may be stopped and started again, and changes nothing of the run.",
+    )
+    p.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT", help="run folder, checkpoint or exported encoder"
+    )
+    p.add_argument("data", nargs="?", metavar="DATA", help="shard dataset; default: the one of the run")
+    p.add_argument("--follow", metavar="RUN", help="folder of a run, in place of CHECKPOINT and DATA")
+    p.add_argument(
+        "--labelled", metavar="DIR", help="labelled shard dataset of the probes; default: the recipe's"
+    )
+    p.add_argument("--split", help="of DATA, for the held-out loss; default: the recipe's")
+    p.add_argument("--json", metavar="FILE", help="write the figures")
+    p.add_argument(
+        "--poll", type=float, default=10.0, metavar="SECONDS", help="between looks of --follow; default 10"
+    )
+    p.add_argument("--device", default="cpu", help="default cpu")
+
+    p = commands.add_parser(
         "export", help="weights with their adaptation plan, checked by loading them again"
     )
     p.add_argument(
@@ -303,6 +324,10 @@ def _run(argv: Sequence[str]) -> int:
         from launch.doctor import doctor
 
         return doctor()
+    if args.command == "probe":
+        from launch.probe import probe
+
+        return probe(args)
     from launch import commands
 
     return commands.run(args, extra)

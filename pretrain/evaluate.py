@@ -1,15 +1,16 @@
-"""Held-out loss by modality, beside two predictors without parameters on the same masks.
+"""Held-out loss by modality and mask ratio, beside two predictors without parameters on the same masks.
 
 The held-out crops and masks come from their own order over the held-out split, with a fixed seed, no flips
 and no change of intensity, and the network in eval mode; so the same network gives the same figures,
 whatever the number of ranks. The ranks share the crops, and a crop's errors are added up in the order of
-its index, not of its rank.
+its index, not of its rank. Every mask ratio sees the same crops, and a token hidden at one ratio is hidden
+at every higher one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,19 +21,22 @@ from data_pipeline.geometry import TokenConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import MixtureConfig, Order
 from data_pipeline.shard_cache import CacheConfig
-from data_pipeline.stream import Stream, open_stream
-from pretrain.baselines import baseline_errors
+from data_pipeline.stream import Crop, Stream, open_stream
+from pretrain.baselines import interpolation, visible_mean
 from pretrain.batch import MODALITIES, Batch, Collate, RowBlock, to_device
 from pretrain.mae import Reconstruction, crop_error, patch_normalised
 from pretrain.objective import ObjectiveConfig
 from pretrain.pictures import Picture, picture_of
 from pretrain.recipe import EvaluationConfig
+from pretrain.tokens import Tokens
 
-PREDICTORS = (
-    "",
-    "_mean",
-    "_interpolation",
-)  # endings of the logged names: network, visible mean, interpolation
+CONSTANT = 0.1
+"""Largest range (max - min) of the valid voxels of a constant patch, in normalised units: 50 HU in CT, a
+tenth of the standard deviation in MR and X-ray. On real scans these are patches of air, a seventh of all in
+CT and half in PET; homogeneous tissue is noisier."""
+
+PREDICTORS = ("", "_mean", "_interpolation")  # the network, the visible mean, interpolation
+_MODALITY, _HAS_CONTENT, _ERRORS = 0, 1, 2  # columns of the table: then (all voxels, content) by predictor
 
 
 class HeldOut:
@@ -44,9 +48,12 @@ class HeldOut:
         tokens, mixture: as for training; only the foreground share is set to zero.
         objective: masking and target.
         depth: encoder blocks.
-        config: how many crops, and their seed.
+        config: how many crops, their seed, and further mask ratios.
         dtype: voxel dtype of the run.
         cache: how shards are brought to this machine.
+
+    Attributes: `ratio`, that of training (the middle of its range); `ratios`, every ratio scored, that one
+    first; `pictures` of the last `score`.
     """
 
     def __init__(
@@ -64,68 +71,98 @@ class HeldOut:
         self.manifest, self.config, self.objective, self.cache = manifest, config, objective, cache
         held_out = held_out_mixture(mixture, manifest, rows)
         self.order = Order(manifest, rows, tokens, held_out, config.seed)
-        self.collate = Collate(
-            self.order.composition, objective, depth, config.seed, augment=False, dtype=dtype
+        self.ratio = sum(objective.ratios) / 2
+        self.ratios = tuple(dict.fromkeys((self.ratio, *config.mask_ratios)))
+        fixed = [objective.model_copy(update={"mask_ratio": ratio}) for ratio in self.ratios]
+        self.collate = EveryRatio(
+            [
+                Collate(self.order.composition, one, depth, config.seed, augment=False, dtype=dtype)
+                for one in fixed
+            ]
         )
         self.pictures: list[Picture] = []
+        # The predictors without parameters depend on crops and masks alone, which never change.
+        self._baselines = torch.full((len(self.ratios), self.crops, 4), torch.nan, dtype=torch.float64)
+        self._known = torch.zeros(len(self.ratios), self.crops, dtype=torch.bool)
+
+    @property
+    def crops(self) -> int:
+        """Crops scored at each ratio."""
+        return self.config.batches * self.order.batch_size
 
     def score(self, model: nn.Module, rank: int, world: int, device: torch.device) -> dict[str, float]:
-        """Mean squared error of each modality for the network and both predictors: `val/CT`, `val/CT_mean`,
-        `val/CT_interpolation` and so on, and `val/CT_crops`. Keeps pictures of the first crops of each
-        modality.
+        """Mean squared errors of each modality; keeps pictures of the first crops of each modality.
 
-        With `norm_pix` the squared errors of patches of unit variance have no interpolation to compare with;
-        `_mean` is then the error of predicting each patch's own mean.
+        `val/CT`, `val/CT_mean` and `val/CT_interpolation` are those of the network and of both predictors at
+        the mask ratio of training, `val/CT_share` is the network's divided by the interpolation's.
+        `val/CT_content…` are the same over patches that are not constant (see `CONSTANT`), and
+        `val/CT_content_crops` of the `val/CT_crops` crops have any. At each of `config.mask_ratios` there
+        are `val/CT@0.50`, `…_share`, `…_content` and `…_content_share`.
+
+        With `norm_pix` the squared errors of patches of unit variance have no interpolation to compare with,
+        hence no share; `_mean` is then the error of predicting each patch's own mean.
         """
-        steps = self.config.batches * -(-self.order.groups // world)
-        table = torch.zeros(
-            self.config.batches * self.order.batch_size, 1 + len(PREDICTORS), dtype=torch.float64
-        )
+        table = torch.zeros(len(self.ratios), self.crops, _ERRORS + 2 * len(PREDICTORS), dtype=torch.float64)
         self.pictures = []
-        stream: Stream[Batch] = open_stream(
+        steps = self.config.batches * -(-self.order.groups // world)
+        stream: Stream[list[Batch]] = open_stream(
             self.manifest.root, self.manifest, self.order, rank=rank, world=world, start_update=0, workers=0,
             collate=self.collate, max_damage=1.0, cache=self.cache,
         )  # fmt: skip
         was_training = model.training
         model.eval()  # no drop-path; masking does not depend on the mode
         with torch.no_grad(), stream:
-            for batch in islice(stream, steps):
-                placed = to_device(batch, device)
-                results = model(placed, reconstruct=True)
-                for (name, block), result in zip(placed.items(), results):
-                    self._enter(table, block, result)
-                    self._keep_pictures(name, block, result)
+            for batches in islice(stream, steps):
+                for number, batch in enumerate(batches):
+                    results = model(to_device(batch, device), reconstruct=True)
+                    for (name, block), result in zip(batch.items(), results):
+                        self._enter(table, number, block, result)
+                        if number == 0:
+                            self._keep_pictures(name, block, result)
         model.train(was_training)
         if world > 1 and dist.is_initialized():
             shared = table.to(device)
             dist.all_reduce(shared)
             table = shared.cpu()
-        return self._means(table)
+        return self._figures(table)
 
-    def _enter(self, table: Tensor, block: RowBlock, result: Reconstruction) -> None:
-        """Write the errors of a block's crops into their rows of the table."""
-        if self.objective.norm_pix:
-            mean = crop_error(
-                torch.zeros_like(result.prediction), patch_normalised(result.tokens), result.tokens.scored
-            )
-            interpolated = torch.full_like(mean, torch.nan)
-        else:
-            mean, interpolated = baseline_errors(result.tokens)
-        scored = result.tokens.scored.any(dim=2).any(dim=1)
-        here = ((block.weight > 0) & scored).cpu()
-        errors = torch.stack([block.modality + 1.0, result.crop_loss, mean, interpolated], dim=1)
-        table[block.number.cpu()[here]] = errors.cpu()[here].double()
+    def _enter(self, table: Tensor, number: int, block: RowBlock, result: Reconstruction) -> None:
+        """Write the errors of a block's crops at ratio `number` into their rows of the table."""
+        tokens = result.tokens
+        target = patch_normalised(tokens) if self.objective.norm_pix else tokens.target
+        content = tokens.scored & ~constant(tokens)[..., None]
+        network = _errors(result.prediction, target, tokens.scored, content)
+        has_scored, has_content = (part.any(dim=2).any(dim=1) for part in (tokens.scored, content))
+        here = (block.weight > 0) & has_scored.cpu()
+        rows = block.number[here]
+        if not bool(self._known[number, rows].all()):
+            mean = torch.zeros_like(target[..., :1]) if self.objective.norm_pix else visible_mean(tokens)
+            errors = [_errors(mean, target, tokens.scored, content)]
+            if not self.objective.norm_pix:
+                errors.append(_errors(interpolation(tokens), target, tokens.scored, content))
+            found = torch.cat(errors, dim=1).cpu()[here].double()
+            self._baselines[number, rows, : found.shape[1]] = found
+            self._known[number, rows] = True
+        table[number, rows, _MODALITY] = (block.modality[here] + 1).double()
+        table[number, rows, _HAS_CONTENT] = has_content.cpu()[here].double()
+        table[number, rows, _ERRORS : _ERRORS + 2] = network.cpu()[here].double()
+        table[number, rows, _ERRORS + 2 :] = self._baselines[number, rows]
 
-    def _means(self, table: Tensor) -> dict[str, float]:
+    def _figures(self, table: Tensor) -> dict[str, float]:
         found: dict[str, float] = {}
-        for number, name in enumerate(MODALITIES):
-            mine = table[table[:, 0] == number + 1]
-            if not len(mine):
-                continue
-            for ending, value in zip(PREDICTORS, mine[:, 1:].mean(dim=0).tolist()):
-                if value == value:  # not the interpolation of norm_pix
-                    found[f"val/{name}{ending}"] = value
-            found[f"val/{name}_crops"] = float(len(mine))
+        for code, modality in enumerate(MODALITIES):
+            for number, ratio in enumerate(self.ratios):
+                rows = table[number][table[number, :, _MODALITY] == code + 1]
+                if not len(rows):
+                    continue
+                figures = _means(rows)
+                if number == 0:
+                    found |= {f"val/{modality}{ending}": value for ending, value in figures.items()}
+                if ratio in self.config.mask_ratios:
+                    at = {
+                        e: v for e, v in figures.items() if e in ("", "_share", "_content", "_content_share")
+                    }
+                    found |= {f"val/{modality}@{ratio:.2f}{ending}": value for ending, value in at.items()}
         return found
 
     def _keep_pictures(self, name: str, block: RowBlock, result: Reconstruction) -> None:
@@ -134,6 +171,24 @@ class HeldOut:
             already = sum(p.modality == modality for p in self.pictures)
             if block.weight[slot] > 0 and already < self.config.pictures:
                 self.pictures.append(picture_of(name, block, result, slot, modality, self.objective.norm_pix))
+
+
+class EveryRatio:
+    """Collate function that makes one batch for each mask ratio of the same crops."""
+
+    def __init__(self, collates: Sequence[Collate]) -> None:
+        self.collates = tuple(collates)
+
+    def __call__(self, update: int, group: int | None, crops: Sequence[Crop]) -> list[Batch]:
+        """A batch for each ratio."""
+        return [collate(update, group, crops) for collate in self.collates]
+
+
+def constant(tokens: Tokens) -> Tensor:
+    """(n, p) bool: predicted patches whose valid voxels lie within `CONSTANT` of each other."""
+    low = torch.where(tokens.scored, tokens.target, torch.inf).amin(dim=-1)
+    high = torch.where(tokens.scored, tokens.target, -torch.inf).amax(dim=-1)
+    return high - low <= CONSTANT
 
 
 def held_out_mixture(mixture: MixtureConfig, manifest: Manifest, rows: np.ndarray) -> MixtureConfig:
@@ -145,42 +200,21 @@ def held_out_mixture(mixture: MixtureConfig, manifest: Manifest, rows: np.ndarra
     return mixture.model_copy(update={"foreground": 0.0, "weights": weights})
 
 
-class Line(NamedTuple):
-    """One modality of a held-out table."""
-
-    modality: str
-    loss: float
-    mean: float
-    interpolation: float | None
-    crops: int
-
-    @property
-    def learnt(self) -> bool:
-        """Whether the network is below every predictor that has no parameters."""
-        return self.loss < min(v for v in (self.mean, self.interpolation) if v is not None)
+def _errors(prediction: Tensor, target: Tensor, scored: Tensor, content: Tensor) -> Tensor:
+    """(n, 2) mean squared errors of each crop: over all scored voxels, over those of `content`."""
+    return torch.stack([crop_error(prediction, target, voxels) for voxels in (scored, content)], dim=1)
 
 
-def lines_of(scores: dict[str, float]) -> list[Line]:
-    """The held-out table of `HeldOut.score`'s figures."""
-    return [
-        Line(
-            name,
-            scores[f"val/{name}"],
-            scores[f"val/{name}_mean"],
-            scores.get(f"val/{name}_interpolation"),
-            int(scores[f"val/{name}_crops"]),
-        )
-        for name in MODALITIES
-        if f"val/{name}" in scores
-    ]
-
-
-def describe(scores: dict[str, float]) -> str:
-    """The held-out table as text for people, a line a modality."""
-    lines = [f"held out  {'loss':>8} {'mean':>8} {'interp.':>8} {'crops':>6}"]
-    for line in lines_of(scores):
-        interpolation = "       –" if line.interpolation is None else f"{line.interpolation:8.4f}"
-        verdict = "below both" if line.learnt else "not yet below both"
-        figures = f"{line.loss:8.4f} {line.mean:8.4f} {interpolation} {line.crops:6d}"
-        lines.append(f"{line.modality:<8}  {figures}  {verdict}")
-    return "\n".join(lines)
+def _means(rows: Tensor) -> dict[str, float]:
+    """Figures of the crops of one modality by the ending of their names; of norm_pix no interpolation."""
+    found: dict[str, float] = {}
+    parts = (("", rows, _ERRORS), ("_content", rows[rows[:, _HAS_CONTENT] > 0], _ERRORS + 1))
+    for part, mine, column in parts:
+        if len(mine):
+            for ending, value in zip(PREDICTORS, mine[:, column::2].mean(dim=0).tolist()):
+                if value == value:  # not the interpolation of norm_pix
+                    found[f"{part}{ending}"] = value
+            if under := found.get(f"{part}_interpolation"):
+                found[f"{part}_share"] = found[part] / under
+        found[f"{part}_crops"] = float(len(mine))
+    return found

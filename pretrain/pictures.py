@@ -119,17 +119,19 @@ def draw(picture: Picture, title: str = "") -> Any:
     return figure
 
 
-def save(pictures: list[Picture], folder: Path, update: int, writer: Any) -> list[Path]:
-    """Write each picture to TensorBoard and as `folder/update-%08d-MODALITY-K.png`; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save(pictures: list[Picture], folder: Path | None, update: int, writer: Any) -> list[Path]:
+    """Write each picture to TensorBoard and, where a folder is given, as
+    `folder/update-%08d-MODALITY-K.png`; returns the files.
+    """
     files: list[Path] = []
     counts: dict[str, int] = {}
     for picture in sorted(pictures, key=lambda p: (p.modality, p.index)):
         number = counts.get(picture.modality, 0)
         counts[picture.modality] = number + 1
         figure = draw(picture, f"update {update}: ")
-        path = folder / f"update-{update:08d}-{picture.modality}-{number}.png"
-        figure.savefig(path, dpi=90)
-        files.append(path)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.append(folder / f"update-{update:08d}-{picture.modality}-{number}.png")
+            figure.savefig(files[-1], dpi=90)
         writer.add_figure(f"pictures/{picture.modality}-{number}", figure, update)
     return files

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.geometry import TokenConfig
 from data_pipeline.order import MixtureConfig
 from data_pipeline.shard_cache import CacheConfig
 from engine.recipe import EngineConfig, Frozen, free
 from model.config import EncoderConfig
-from pretrain.objective import AugmentConfig, ObjectiveConfig
+from pretrain.objective import AugmentConfig, ObjectiveConfig, Share
+from pretrain.probe_config import ProbeConfig
 
 __all__ = ["AugmentConfig", "DataConfig", "EvaluationConfig", "ObjectiveConfig", "PretrainRecipe"]
 
@@ -34,7 +35,20 @@ class EvaluationConfig(Frozen):
 
     batches: int = free(4, "batches scored, each as large as one in training", ge=1)
     seed: int = free(20_000, "seed of the held-out crops and masks", ge=0)
+    mask_ratios: tuple[Share, ...] = free(
+        (0.5, 0.75, 0.9), "mask ratios at which the same crops are scored, beside that of training"
+    )
     pictures: int = free(1, "pictures of each modality", ge=0)
+
+    @model_validator(mode="after")
+    def _ratios_differ(self) -> EvaluationConfig:
+        if not all(0.0 < ratio < 1.0 for ratio in self.mask_ratios):
+            raise ValueError(f"mask_ratios {list(self.mask_ratios)}: each lies between 0 and 1")
+        if len({f"{ratio:.2f}" for ratio in self.mask_ratios}) < len(self.mask_ratios):
+            raise ValueError(
+                f"mask_ratios {list(self.mask_ratios)}: two of them are the same to two decimals"
+            )
+        return self
 
 
 class PretrainRecipe(Frozen):
@@ -46,5 +60,6 @@ class PretrainRecipe(Frozen):
     encoder: EncoderConfig = EncoderConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    probes: ProbeConfig = ProbeConfig()
     engine: EngineConfig = EngineConfig()
     run: str = free("", "folder of this run")

@@ -20,9 +20,10 @@ from engine.errors import UserError
 from model.plan import AdaptationPlan
 from model.weights import ENCODER_PREFIX, save_encoder
 from pretrain.batch import Batch, Collate
-from pretrain.evaluate import HeldOut, describe
+from pretrain.cost import step_flops
 from pretrain.mae import MaskedAutoencoder
 from pretrain.pictures import save
+from pretrain.quality import Quality, voxel_dtype
 from pretrain.recipe import PretrainRecipe
 from pretrain.selection import select_rows
 
@@ -30,7 +31,7 @@ from pretrain.selection import select_rows
 class PretrainTask:
     """`engine.task.Task` of masked autoencoding.
 
-    Attributes: `model`; `order` of the training crops; `held_out`, or None where the split has no samples.
+    Attributes: `model`; `order` of the training crops; `quality`, what evaluations measure.
     """
 
     def __init__(self, recipe: PretrainRecipe) -> None:
@@ -57,29 +58,22 @@ class PretrainTask:
         torch.manual_seed(seed)  # the weights' start; nothing else in the run draws from torch's generator
         self.network = MaskedAutoencoder(recipe.encoder, recipe.objective, self.order.batch_size)
         self.model: nn.Module = self.network
-        depth = self.network.encoder.depth
-        dtype = "float32" if (self.manifest.column("dtype") == "float32").any() else "int16"
-        self.collate = Collate(self.order.composition, recipe.objective, depth, seed, dtype=dtype)
-        held_out = select_rows(self.manifest, recipe.data, recipe.data.held_out, may_be_empty=True)
-        self.held_out = (
-            HeldOut(
-                self.manifest,
-                held_out,
-                recipe.tokens,
-                recipe.mixture,
-                recipe.objective,
-                depth,
-                recipe.evaluation,
-                dtype,
-                recipe.data.cache,
-            )
-            if len(held_out)
-            else None
-        )
+        self.collate = Collate(
+            self.order.composition, recipe.objective, self.network.encoder.depth, seed,
+            dtype=voxel_dtype(self.manifest),
+        )  # fmt: skip
+        self.quality = Quality(recipe, self.manifest)
+        self._scores: dict[str, float] | None = None  # of the last evaluation
 
     def micro_steps(self, world: int) -> int:
         """Groups a rank takes an update."""
         return -(-self._recipe.mixture.groups // world)
+
+    @property
+    def flops_per_update(self) -> int:
+        """Operations of forward and backward of an update over all ranks."""
+        recipe = self._recipe
+        return recipe.mixture.groups * step_flops(recipe.encoder, recipe.objective, self.order.composition)
 
     def batches(self, start_update: int, rank: int, world: int) -> Iterator[Batch]:
         """The rank's batches from `start_update` on, without end."""
@@ -109,19 +103,18 @@ class PretrainTask:
         return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
     def evaluate(self, update: int, rank: int, world: int, writer: Any) -> dict[str, float]:
-        """Held-out losses (see `HeldOut.score`); the table is printed by rank 0."""
-        if self.held_out is None:
-            return {}
+        """Held-out loss and probes (see `Quality`); the table is printed by rank 0."""
         device = next(self.network.parameters()).device
-        scores = self.held_out.score(self.model, rank, world, device)
-        if rank == 0:
-            print(f"update {update}\n{describe(scores)}", flush=True)
+        scores = self.quality.score(self.network, rank, world, device)
+        if rank == 0 and scores:
+            print(f"update {update}\n{self.quality.report(scores, self._scores)}", flush=True)
+        self._scores = scores
         return scores
 
     def pictures(self, update: int, rank: int, world: int, writer: Any) -> None:
         """Reconstructions that the last `evaluate` kept, to TensorBoard and `RUN/pictures`; by rank 0."""
-        if rank == 0 and self.held_out is not None and self._recipe.run:
-            save(self.held_out.pictures, Path(self._recipe.run) / "pictures", update, writer)
+        if rank == 0 and self._recipe.run:
+            save(self.quality.pictures, Path(self._recipe.run) / "pictures", update, writer)
 
     def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
         """Write `encoder.safetensors` and `plan.json` from the whole network's float32 state dict."""

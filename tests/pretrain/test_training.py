@@ -173,8 +173,8 @@ def test_evaluation_repeats_ignores_training_state_and_names_every_modality(
 
 def test_shares_of_the_evaluation_make_the_whole(recipe: Path, shards: Path, tmp_path: Path) -> None:
     task = task_of(recipe, shards, tmp_path)
-    whole = task.held_out.score(task.model, 0, 1, torch.device("cpu"))
-    parts = [task.held_out.score(task.model, rank, 2, torch.device("cpu")) for rank in range(2)]
+    whole = task.quality.held_out.score(task.model, 0, 1, torch.device("cpu"))
+    parts = [task.quality.held_out.score(task.model, rank, 2, torch.device("cpu")) for rank in range(2)]
     for name in ("CT", "MR", "XR"):
         counts = [p.get(f"val/{name}_crops", 0.0) for p in parts]
         assert sum(counts) == whole[f"val/{name}_crops"]
@@ -190,7 +190,7 @@ def test_pictures_show_each_modality_in_its_own_units(recipe: Path, shards: Path
     task.pictures(3, 0, 1, SilentWriter())
     names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
     assert names == [f"update-00000003-{m}-0.png" for m in ("CT", "MR", "XR")]
-    for picture in task.held_out.pictures:
+    for picture in task.quality.held_out.pictures:
         known = np.isfinite(picture.image)
         seen = np.isfinite(picture.visible)
         assert np.array_equal(picture.image[seen], picture.reconstruction[seen])
