@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.errors import UserError
 from engine.recipe import EngineConfig
@@ -35,9 +36,16 @@ class World:
     local_rank: int
     device: torch.device
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over ranks, in float64; the same bits on every rank."""
-        vector = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def sum(self, values: Sequence[Tensor | float]) -> list[float]:
+        """Element-wise sum over ranks, in float64; the same bits on every rank.
+
+        Takes 0-d tensors on the device and plain numbers. The host waits for the device once, at the end.
+        """
+        numbers = torch.tensor([v for v in values if not isinstance(v, Tensor)], dtype=torch.float64)
+        if self.device.type == "cuda":  # from pinned memory a copy is queued; any other would be waited for
+            numbers = numbers.pin_memory().to(self.device, non_blocking=True)
+        number = iter(numbers.unbind())
+        vector = torch.stack([v.double() if isinstance(v, Tensor) else next(number) for v in values])
         dist.all_reduce(vector)
         return [float(v) for v in vector.tolist()]
 

@@ -125,10 +125,9 @@ def _update_of(row: str) -> float:
 
 
 def _short(values: Mapping[str, float]) -> str:
-    shown = {
-        k.rpartition("/")[2]: v for k, v in values.items() if k.startswith(("loss", "rate/", "optim/lr"))
-    }
-    return "  ".join(f"{name} {value:.4g}" for name, value in list(shown.items())[:7])
+    losses = [name for name in values if name.startswith("loss")][:5]
+    rates = [name for name in values if name.startswith(("rate/", "optim/lr"))]
+    return "  ".join(f"{name.rpartition('/')[2]} {values[name]:.4g}" for name in losses + rates)
 
 
 def _clock(seconds: float) -> str:

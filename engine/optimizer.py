@@ -58,9 +58,8 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=True if world.device.type == "cuda" else None,
+        fused=True,
     )
-    prepare_model(task.model, config)
     numel = sum(p.numel() for p in names)
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
@@ -75,6 +74,8 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # On by default, and it waits for the device before every forward pass and after every update.
+        "timers": {"throughput": {"enabled": False}},
     }
     model = Autocast(task.model, world.device, config.precision == "bf16").to(world.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
@@ -90,17 +91,11 @@ def whole_model(engine: Any, stage: int) -> AbstractContextManager[Any]:
     return context
 
 
-def prepare_model(model: nn.Module, config: EngineConfig) -> None:
-    """Switch on activation checkpointing and per-block compilation where the recipe asks and the model
-    can."""
-    if config.activation_checkpointing and callable(switch := getattr(model, "set_checkpointing", None)):
-        switch(True)
-    if config.compile:
-        blocks = getattr(model, "blocks_to_compile", None)
-        found = (
-            list(blocks())
-            if callable(blocks)
-            else [b for n, b in model.named_modules() if n.split(".")[-2:-1] == ["blocks"]]
+def switch_on_checkpointing(model: nn.Module) -> None:
+    """Let the model recompute its blocks in the backward pass; UserError where it cannot."""
+    switch = getattr(model, "set_checkpointing", None)
+    if not callable(switch):
+        raise UserError(
+            "engine.activation_checkpointing: this model cannot recompute its blocks; set it false"
         )
-        for block in found:
-            block.compile()
+    switch(True)

@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.errors import UserError
+from engine.verdict import write_text
 
 COMMAND_LINE = "command line"
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -68,7 +69,9 @@ class EngineConfig(Frozen):
         1, "what DeepSpeed shards: nothing, moments, + gradients, + parameters"
     )
     activation_checkpointing: bool = free(False, "recompute blocks in the backward pass to save memory")
-    compile: bool = free(False, "compile the blocks one by one with torch.compile")
+    compile: Literal["auto"] | bool = free(
+        "auto", "compile the blocks one by one with torch.compile; auto does so on CUDA at ZeRO 0 to 2"
+    )
     deterministic: bool = free(False, "bit-identical repeats on a GPU, slower; a CPU always repeats")
     checkpoint_every: int = free(500, "updates between checkpoints; 0 saves at the end only", ge=0)
     keep_last: int = free(2, "newest checkpoints kept", ge=1)
@@ -78,6 +81,13 @@ class EngineConfig(Frozen):
     log_every: int = free(10, "updates between log lines", ge=1)
     evaluate_every: int = free(
         0, "updates between evaluations and pictures; 0 evaluates at the end only", ge=0
+    )
+    evaluate_share: float = free(
+        0.02,
+        "share of a launch's time that evaluations may take: a due one that would exceed it is put off, the "
+        "last update's never; 1 puts none off, 0 evaluates at the end only",
+        ge=0,
+        le=1,
     )
     workers: int = free(1, "loader processes per rank", ge=0)
     threads: int = free(0, "CPU threads per rank; 0 leaves the default", ge=0)
@@ -112,8 +122,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str], schema: type[
 
 def save_recipe(recipe: BaseModel, path: Path) -> None:
     """Write the resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_text(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
 def identity_of(recipe: BaseModel) -> dict[str, Any]:

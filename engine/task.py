@@ -56,7 +56,9 @@ class Task(Protocol):
     Optional hooks, used when present: `model.set_checkpointing(bool)`, `model.blocks_to_compile() ->
     Iterable[nn.Module]`, `model.calls_vary = True` where the number or order of calls of its parts
     depends on the data (ZeRO 3 gathers a part's weights from all ranks at its call, so it is refused);
-    `data: DataLog`.
+    `data: DataLog`; `flops_per_update: int`, operations of the forward and backward passes of one update
+    over all ranks (not those done again to save memory), for `rate/tflops` of each rank and `rate/mfu`, its
+    share of what matrix products reach on the device.
     """
 
     model: nn.Module

@@ -13,40 +13,23 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint
-from engine.batches import to_device
-from engine.distributed import World, join, seed_process, untouched_generators
+from engine.batches import Batches
+from engine.compilation import Compilation
+from engine.distributed import World, join, seed_process
 from engine.errors import UserError
+from engine.evaluation import Evaluation
+from engine.hardware import matmul_rate
 from engine.logs import Logs
 from engine.metrics import Sums, Window
-from engine.optimizer import whole_model, wrap
-from engine.recipe import EngineConfig, difference, identity_of, save_recipe
+from engine.optimizer import switch_on_checkpointing, wrap
+from engine.progress import Progress, restore
+from engine.recipe import EngineConfig, save_recipe
 from engine.schedule import learning_rate, set_learning_rate
 from engine.signals import StopRequest
 from engine.task import DataLog, Task
 from engine.verdict import Verdict, read_attempt, record_failure, write_text, write_verdict
 from engine.watchdog import Watchdog
 from engine.zero_state import Partition
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; all of it is in `state.json`.
-
-    Attributes:
-        update: optimizer updates applied; the schedule and the checkpoint names follow it.
-        position: updates' worth of data drawn (the next batch is that of position); ahead of `update` by what
-            was skipped.
-        skipped: updates dropped because loss or gradient was not finite.
-        bad_in_a_row: how many of those came last.
-        segments: stretches of the run with one recipe and one dataset: name, position, identity of the
-            recipe and of the data.
-    """
-
-    update: int = 0
-    position: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    segments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def train(task: Task, config: EngineConfig, run: Path | str, *, continue_as: str | None = None) -> Verdict:
@@ -94,12 +77,15 @@ def _train(
 ) -> Verdict:
     warnings: list[str] = []
     found = checkpoint.newest(run, world, warnings.append)
-    progress = _restore(task, found, continue_as)
+    progress = restore(task, found, continue_as)
     if world.rank == 0:
         save_recipe(task.recipe(), run / "recipe.yaml")
     frozen = {
         f"{n}|frozen": p.detach().clone() for n, p in task.model.named_parameters() if not p.requires_grad
     }
+    if config.activation_checkpointing:
+        switch_on_checkpointing(task.model)
+    compilation = Compilation(task.model, config, world.device)
     engine, partition = wrap(task, config, world)
     if found is not None:
         found.load_moments(partition)
@@ -115,7 +101,10 @@ def _train(
         data: DataLog | None = getattr(task, "data", None)
         for line in data.describe().splitlines() if data else ():
             logs.say(line)
-        loop = _Loop(task, config, run, world, engine, partition, logs, attempt, progress, frozen)
+        logs.say(compilation.text)
+        loop = _Loop(
+            task, config, run, world, engine, partition, compilation, logs, attempt, progress, frozen
+        )
         return loop.run_until_done(stop, watchdog)
 
 
@@ -130,6 +119,7 @@ class _Loop:
         world: World,
         engine: Any,
         partition: Partition,
+        compilation: Compilation,
         logs: Logs,
         attempt: int,
         progress: Progress,
@@ -137,18 +127,21 @@ class _Loop:
     ) -> None:
         self.task, self.config, self.run, self.world = task, config, run, world
         self.engine, self.partition, self.logs, self.attempt = engine, partition, logs, attempt
-        self.progress, self.frozen = progress, frozen
+        self.compilation, self.progress, self.frozen = compilation, progress, frozen
+        self.evaluation = Evaluation(task, config, world, engine, logs, compilation)
         self.data: DataLog | None = getattr(task, "data", None)
         self.micro_steps = task.micro_steps(world.size)
         self.metric_names: list[str] = []
-        self.window = Window()
+        self.window = Window(task.samples_per_update, getattr(task, "flops_per_update", 0) / world.size)
+        self.matmul_rate = self._measure_matmul() if self.window.flops else 0.0
         self.saved_at: tuple[int, int] | None = (
             (progress.update, progress.position) if progress.position else None
         )
 
     def run_until_done(self, stop: StopRequest, watchdog: Watchdog) -> Verdict:
         progress, config = self.progress, self.config
-        batches = self.task.batches(progress.position, self.world.rank, self.world.size)
+        source = self.task.batches(progress.position, self.world.rank, self.world.size)
+        batches = Batches(source, self.world.device)
         self.engine.train()
         asked = False
         while progress.update < config.updates and not asked:
@@ -165,8 +158,7 @@ class _Loop:
             # Saved first: what goes wrong in an evaluation costs no update.
             if last or (config.checkpoint_every and progress.update % config.checkpoint_every == 0):
                 self._save()
-            if last or (config.evaluate_every and progress.update % config.evaluate_every == 0):
-                self._evaluate()
+            self.evaluation.run_if_due(progress.update)
         self._save()
         if progress.update >= config.updates:
             return Verdict("finished", progress.update, self.attempt)
@@ -175,42 +167,40 @@ class _Loop:
             "preempted", progress.update, self.attempt, f"stopped by {why} and saved; start again to go on"
         )
 
-    def _update(self, batches: Iterator[Any], stop: StopRequest) -> tuple[bool, bool]:
-        """One update: returns whether it was applied, and whether any rank was asked to stop."""
+    def _update(self, batches: Batches, stop: StopRequest) -> tuple[bool, bool]:
+        """One update: returns whether it was applied, and whether any rank was asked to stop.
+
+        The host waits for the device once, in `_sum_over_ranks`.
+        """
         progress, config, world = self.progress, self.config, self.world
-        began, waited = time.perf_counter(), 0.0
+        began = time.perf_counter()
         seed_process(config.seed * 1_000_003 + progress.position)
         lr = learning_rate(progress.update, config)
         set_learning_rate(self.partition.adam.param_groups, lr)
         losses, sums = [], Sums(world.device)
         for micro_step in range(self.micro_steps):
             self.engine.set_gradient_accumulation_boundary(micro_step == self.micro_steps - 1)
-            asked_at = time.perf_counter()
-            batch = to_device(next(batches), world.device)
-            waited += time.perf_counter() - asked_at
-            loss, metrics = self.engine(batch)
+            loss, metrics = self.engine(batches.take())
             # DeepSpeed averages over ranks; the loss is a share of the whole update's: shares are summed.
             self.engine.backward(loss * world.size, scale_wrt_gas=False)
             losses.append(loss.detach())
             sums.add(metrics)
+            batches.look_ahead()
         squared = _squared_norm(self.partition.gradients(), world.device)
-        local = [float(v) for v in torch.stack([torch.stack(losses).double().sum(), squared]).tolist()]
-        mine = sums.values(self.metric_names)
-        unknown = float(any(name not in self.metric_names for name in sums.totals))
-        spent = time.perf_counter() - began
-        head = [*local, float(stop.asked), unknown, waited, spent]
-        reduced = world.sum(head + mine)
-        if reduced[3]:
-            every = world.gather(sorted(sums.totals))
-            self.metric_names = sorted({*self.metric_names, *(name for names in every for name in names)})
-            reduced = reduced[: len(head)] + world.sum(sums.values(self.metric_names))
-        total_loss, norm = reduced[0], math.sqrt(reduced[1]) if reduced[1] >= 0 else math.nan
+        head: list[Tensor | float] = [
+            torch.stack(losses).double().sum(),
+            squared,
+            float(stop.asked),
+            batches.seconds_waited(),
+        ]
+        (total_loss, square, stopping, waited), counts, metric_sums = self._sum_over_ranks(head, sums)
+        norm = math.sqrt(square) if square >= 0 else math.nan
         progress.position += 1
-        if math.isfinite(total_loss) and math.isfinite(norm):
+        applied = math.isfinite(total_loss) and math.isfinite(norm)
+        if applied:
             self.partition.apply(min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0)
             progress.update += 1
             progress.bad_in_a_row = 0
-            applied = True
         else:
             self.partition.drop()
             progress.skipped += 1
@@ -218,63 +208,65 @@ class _Loop:
             self.logs.say(
                 f"update skipped: loss {total_loss}, gradient norm {norm} at position {progress.position - 1}"
             )
-            applied = False
-        pairs = dict(zip(self.metric_names, zip(reduced[6::2], reduced[7::2], strict=True), strict=True))
-        self.window.add(
-            total_loss, norm, time.perf_counter() - began, reduced[4] / world.size, pairs, applied
-        )
+        seconds = time.perf_counter() - began
+        self.window.add(total_loss, norm, seconds, waited / world.size, metric_sums, applied)
         if applied and (progress.update % config.log_every == 0 or progress.update == config.updates):
-            self._log(lr)
+            self._log(lr, counts)
         else:
             self.logs.advance(progress.update)
-        return applied, reduced[2] > 0
+        return applied, stopping > 0
 
-    def _log(self, lr: float) -> None:
-        values = self.window.take(self.task.samples_per_update)
+    def _sum_over_ranks(
+        self, head: list[Tensor | float], sums: Sums
+    ) -> tuple[list[float], dict[str, float], dict[str, tuple[float, float]]]:
+        """`head`, the data's counts and the metrics, each summed over ranks, in one reduction and one read.
+
+        Ranks may meet different metrics. They agree on the names when one comes up for the first time, which
+        costs a second round.
+        """
+        counts = self.data.counts() if self.data else {}
+        unknown = float(any(name not in self.metric_names for name in sums.totals))
+        known: list[Tensor | float] = [unknown, *head, *counts.values()]
+        reduced = self.world.sum([*known, *sums.values(self.metric_names)])
+        if reduced[0]:
+            every = self.world.gather(sorted(sums.totals))
+            self.metric_names = sorted({*self.metric_names, *(name for names in every for name in names)})
+            reduced = reduced[: len(known)] + self.world.sum(sums.values(self.metric_names))
+        metrics = iter(reduced[len(known) :])
+        return (
+            reduced[1 : len(head) + 1],
+            dict(zip(counts, reduced[len(head) + 1 : len(known)], strict=True)),
+            dict(zip(self.metric_names, zip(metrics, metrics, strict=True), strict=True)),
+        )
+
+    def _log(self, lr: float, counts: Mapping[str, float]) -> None:
+        values = self.window.take()
+        if self.matmul_rate:
+            values["rate/mfu"] = values["rate/tflops"] * 1e12 / self.matmul_rate
         values |= {
             "optim/lr": lr,
             "optim/skipped": float(self.progress.skipped),
             "data/position": float(self.progress.position),
         }
-        sums = self._data_sums()
-        self.logs.scalars(self.progress.update, values | {f"data/{name}": n for name, n in sums.items()})
-        if self.data and sums:
-            self.data.check(sums)
+        self.logs.scalars(self.progress.update, values | {f"data/{name}": n for name, n in counts.items()})
+        if warning := self.compilation.warning():
+            self.logs.say(warning)
+        if self.data:
+            for notice in self.data.notices():
+                self.logs.event("data", text=notice)
+            if counts:
+                self.data.check(counts)
 
-    def _data_sums(self) -> dict[str, float]:
-        """Counts of the data over all ranks; what is new goes to the rank's log."""
-        if self.data is None:
-            return {}
-        for notice in self.data.notices():
-            self.logs.event("data", text=notice)
-        counts = self.data.counts()
-        return dict(zip(counts, self.world.sum(list(counts.values())), strict=True))
-
-    def _evaluate(self) -> None:
-        """Evaluation and pictures; training goes on as if they had not been."""
-        task, update, world = self.task, self.progress.update, self.world
-        was_training = task.model.training
-        context = {
-            "device_type": world.device.type,
-            "dtype": torch.bfloat16,
-            "enabled": self.config.precision == "bf16",
-        }
-        self.engine.eval()
-        whole = whole_model(self.engine, self.config.zero_stage)
-        with whole, untouched_generators(), torch.no_grad(), torch.autocast(**context):  # type: ignore[arg-type]
-            seed_process(self.config.seed)
-            scores = task.evaluate(update, world.rank, world.size, self.logs.writer)
-            task.pictures(update, world.rank, world.size, self.logs.writer)
-            world.barrier()
-        self.engine.train(was_training)
-        if scores:
-            self.logs.scalars(
-                update, {f"evaluate/{name}": float(value) for name, value in scores.items()}, show=False
-            )
-            self.logs.say(
-                f"update {update}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            )
-        world.barrier()
+    def _measure_matmul(self) -> float:
+        """Operations a second of matrix products: the mean of the ranks, which may share a machine and so
+        measure at the same time."""
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        self.world.barrier()
+        rate = self.world.sum([matmul_rate(self.world.device, dtype)])[0] / self.world.size
+        self.logs.scalars(self.progress.update, {"rate/matmul_tflops": rate / 1e12}, show=False)
+        name = str(dtype).removeprefix("torch.")
+        self.logs.say(f"matrix products in {name} reach {rate / 1e12:.3g} Tflop/s on each rank")
+        return rate
 
     def _save(self) -> None:
         if self.saved_at == (self.progress.update, self.progress.position):
@@ -312,45 +304,6 @@ def _open_run(run: Path, world: World) -> int:
         write_text(run / "attempt", f"{attempt}\n")
         checkpoint.tidy(run)
     return int(world.from_first(attempt if world.rank == 0 else None))
-
-
-def _restore(task: Task, found: checkpoint.Checkpoint | None, continue_as: str | None) -> Progress:
-    """Load the model's weights and counters, and open a segment where the recipe or the data are new."""
-    now = {"recipe": identity_of(task.recipe()), "data": task.data_identity()}
-    if found is None:
-        return Progress(segments=[{"name": continue_as or "first", "position": 0, **now}])
-    state = found.state
-    progress = Progress(**{f.name: state[f.name] for f in dataclasses.fields(Progress)})
-    before = progress.segments[-1]
-    differences = [difference(before.get(part, {}), now[part]) for part in ("recipe", "data")]
-    changed = "; ".join(filter(None, differences))
-    if changed and not continue_as:
-        raise UserError(
-            f"{found.folder}: the recipe or the data differ from the run's in what changes the result "
-            f"({changed}); use another run folder, or --continue-as NAME to go on with the change"
-        )
-    if continue_as and (changed or continue_as != before["name"]):
-        progress.segments.append({"name": continue_as, "position": progress.position, **now})
-    _load_weights(task, found)
-    return progress
-
-
-def _load_weights(task: Task, found: checkpoint.Checkpoint) -> None:
-    saved, model = found.model_state(), task.model.state_dict()
-    missing, extra = sorted(model.keys() - saved.keys()), sorted(saved.keys() - model.keys())
-    shapes = [n for n in model if n in saved and model[n].shape != saved[n].shape]
-    if missing or extra or shapes:
-        example = (
-            f"{shapes[0]}: {tuple(saved[shapes[0]].shape)} there, {tuple(model[shapes[0]].shape)} here"
-            if shapes
-            else ""
-        )
-        example = example or f"{(missing or extra)[0]} is {'not there' if missing else 'not in this model'}"
-        wrong = len(missing) + len(extra) + len(shapes)
-        raise UserError(
-            f"{found.folder}: checkpoint of another architecture ({wrong} tensors differ, e.g. {example})"
-        )
-    task.model.load_state_dict(saved)
 
 
 def _persistent_buffers(task: Task) -> Iterator[tuple[str, Tensor]]:

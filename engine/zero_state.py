@@ -8,6 +8,7 @@ engine judges once and tells it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,11 +76,9 @@ class Partition(ABC):
     def _prepare(self) -> None:
         """Make AdamW's state now instead of at its first step, so that it can be saved and loaded at any
         time."""
-        fused = any(group.get("fused") or group.get("capturable") for group in self.adam.param_groups)
         for parameter in self.flat_parameters():
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
             self.adam.state[parameter] = {
-                "step": step,
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
@@ -182,14 +181,14 @@ class Scattered(Partition):
     def apply(self, scale: float) -> None:
         if scale != 1.0:
             torch._foreach_mul_(self.gradients(), scale)
-        self._step(torch.ones((), device=self.engine.device))
+        self._step(1.0)
 
     def drop(self) -> None:
-        self._step(torch.full((), torch.nan, device=self.engine.device))
+        self._step(math.nan)
 
-    def _step(self, norm: Tensor) -> None:
+    def _step(self, norm: float) -> None:
         """DeepSpeed takes the norm it would compute again (two more reductions) from here; NaN makes it drop
-        the update."""
+        the update. The norm lies on the host, so that DeepSpeed's look at it does not wait for the device."""
         zero = self.engine.optimizer
         zero._get_norm_groups = lambda: [norm]
         try:

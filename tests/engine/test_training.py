@@ -106,6 +106,7 @@ def plain_loop(nan_at: tuple[int, ...] = ()) -> tuple[list[float], dict[str, Ten
 
 MATRIX = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 NAN = ("--nan_at", "[3]")
+EVERY_3 = ("--engine.evaluate_every", "3", "--engine.evaluate_share")
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +115,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stop = ("--die_with", "SIGTERM", "--die_at")
     launch(
         [
-            *(words(root / f"two-{s}-{p}", s, p, *NAN, "--engine.evaluate_every", "3") for s, p in MATRIX),
+            *(words(root / f"two-{s}-{p}", s, p, *NAN, *EVERY_3, "1") for s, p in MATRIX),
             *(words(root / f"quiet-{s}", s, "fp32", *NAN) for s in (1, 3)),
+            *(words(root / f"thrifty-{s}", s, "fp32", *NAN, *EVERY_3, "1e-4") for s in (1, 3)),
             *(words(root / f"move-{s}", s, "fp32", *stop, "3") for s in range(4)),
             words(root / "calm-2", 1, "bf16"),
             words(root / "spoilt", 1, "fp32", "--most_groups", "10"),
@@ -165,12 +167,16 @@ def test_losses_do_not_depend_on_world_or_stage_in_bf16(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_evaluation_changes_nothing(runs: Path, stage: int) -> None:
-    assert same_bits(rank_files(runs / f"two-{stage}-fp32"), rank_files(runs / f"quiet-{stage}"))
-    rows = [
-        json.loads(line) for line in (runs / f"two-{stage}-fp32" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [row["update"] for row in rows if "evaluate/loss" in row] == [3, 6, 8]
+def test_evaluations_change_nothing_however_many_there_are(runs: Path, stage: int) -> None:
+    """Every third update, at the end only, and the ones between the first and the last put off."""
+    evaluated = {f"two-{stage}-fp32": [3, 6, 8], f"quiet-{stage}": [8], f"thrifty-{stage}": [3, 8]}
+    for name, updates in evaluated.items():
+        assert same_bits(rank_files(runs / name), rank_files(runs / f"quiet-{stage}"))
+        rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["update"] for row in rows if "evaluate/loss" in row] == updates
+    for rank in range(2):
+        said = (runs / f"thrifty-{stage}" / "logs" / f"rank-{rank:03d}.jsonl").read_text()
+        assert said.count("update 6: evaluation put off") == said.count("put off") == 1
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -1,0 +1,81 @@
+"""Compiling a model's blocks one by one with torch.compile."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from engine.errors import UserError
+from engine.recipe import EngineConfig
+
+GRAPHS_TO_EXPECT = 16  # kinds of block times shapes of a batch; more means that shapes change all the time
+RECOMPILE_LIMIT = 64  # PyTorch's 8 counts all blocks together, since they share their code
+
+
+class Compilation:
+    """Switches compilation on where the recipe and the device ask for it, and watches it.
+
+    Blocks are compiled when they are first called, once for each shape of a batch (layouts are constants of
+    the code). State-dict keys do not change. `block.compile()` of PyTorch is used, so that blocks of one kind
+    share what was compiled.
+
+    Args:
+        model: gives its blocks through `blocks_to_compile()`.
+        config: `compile` and `zero_stage` are looked at.
+        device: where the model will run.
+
+    Raises:
+        UserError: compilation is asked for, and the model names no blocks.
+    """
+
+    def __init__(self, model: nn.Module, config: EngineConfig, device: torch.device) -> None:
+        hook = getattr(model, "blocks_to_compile", None)
+        blocks: list[nn.Module] = list(hook()) if callable(hook) else []
+        reason = ""
+        if config.compile is False:
+            reason = "engine.compile is false"
+        elif config.compile == "auto":
+            if device.type != "cuda":
+                reason = "engine.compile auto does so on CUDA only"
+            elif config.zero_stage == 3:
+                reason = "engine.compile auto does so at ZeRO 0 to 2"
+            elif not blocks:
+                reason = "the model names none"
+        elif not blocks:
+            raise UserError(
+                "engine.compile: this model names no blocks to compile; leave it at auto or set it to false"
+            )
+        self.on = not reason
+        self.text = f"blocks are not compiled: {reason}" if reason else f"{len(blocks)} blocks are compiled"
+        self._told = GRAPHS_TO_EXPECT
+        if self.on:
+            import torch._dynamo  # 2 s, so only where it is needed
+
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            for block in blocks:
+                block.compile(dynamic=False)
+
+    def paused(self) -> AbstractContextManager[object]:
+        """Inside, blocks run uncompiled: evaluations have shapes of their own."""
+        return torch.compiler.set_stance("force_eager") if self.on else nullcontext()
+
+    def warning(self) -> str | None:
+        """A line where there are more compiled graphs than shapes should need; again when they have
+        doubled."""
+        if not self.on or (graphs := compiled_graphs()) <= self._told:
+            return None
+        self._told = 2 * graphs
+        return (
+            f"blocks were compiled {graphs} times, so their shapes change from update to update; past "
+            f"{RECOMPILE_LIMIT} new shapes run uncompiled; set engine.compile false, or see the reasons with "
+            "TORCH_LOGS=recompiles"
+        )
+
+
+def compiled_graphs() -> int:
+    """Graphs torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
