@@ -63,7 +63,7 @@ class CrossBlock(nn.Module):
         q = self.query(self.norm1(x)).view(len(x), self.heads, -1)
         k, v = self.key_value(self.norm_memory(memory)).view(len(memory), 2, self.heads, -1).unbind(1)
         if tables is not None:
-            q, k = apply_rotary(q, *tables[0], dtype=v.dtype), apply_rotary(k, *tables[1], dtype=v.dtype)
+            q, k = apply_rotary(q, *tables[0]), apply_rotary(k, *tables[1])
         x = x + self.proj(self._attend(q, k, v, layout, memory_layout, masks).flatten(1))
         return x + self.mlp(self.norm2(x))
 

@@ -47,7 +47,8 @@ def valid_tokens(
         whole = _reached(finer) & ~_over_boxes(missing, finer, np.any)
         split = [size for n, k in zip(grid, parts) for size in (n, k)]
         unsure = np.argwhere(valid & ~whole.reshape(split).any(axis=(1, 3, 5)))
-        valid[tuple(unsure.T)] = _cut_out(voxels, grid, steps, flip, patch, unsure)
+        if len(unsure):
+            valid[tuple(unsure.T)] = _cut_out(voxels, grid, steps, flip, patch, unsure)
     return valid.ravel()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,16 +43,19 @@ def hand_crop(
     modality: str = "CT",
     axes: tuple[int, int, int] = (0, 1, 2),
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    residual: tuple[float, float, float] = (1.0, 1.0, 1.0),
     invalid: float = 0.0,
     seed: int = 0,
 ) -> Any:
-    """A crop of random voxels (`shape` in stem order), with a share of invalid ones."""
+    """A crop of random voxels (`shape` in stem order), with a share of invalid ones; `residual` of them make
+    an output voxel.
+    """
     generator = np.random.default_rng(seed)
     voxels = generator.integers(0, 2000, shape).astype(np.int16)
     voxels[generator.random(shape) < invalid] = INVALID
-    grid = tuple(-(-n // p) for n, p in zip(shape, PATCH[geometry]))
+    grid = tuple(math.ceil(n / (p * r) - 1e-6) for n, p, r in zip(shape, PATCH[geometry], residual))
     draw = SimpleNamespace(
-        index=index, spec=spec, slot=slot, grid=grid, residual=(1.0, 1.0, 1.0), axes=axes,
+        index=index, spec=spec, slot=slot, grid=grid, residual=residual, axes=axes,
         start_mm=(3.0, 40.0, 5.0), spacing=spacing,
     )  # fmt: skip
     return SimpleNamespace(
