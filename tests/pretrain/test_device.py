@@ -1,0 +1,133 @@
+"""What a device asks of the network: it looks at no value, compiles block by block, recomputes if told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from pretrain.batch import to_device
+
+MIXED: dict[str, Any] = {"drop_path": 0.5, "registers": 1}
+
+
+def mixed(hand: Any, **changes: Any) -> tuple[Any, Any]:
+    """A network and a batch of all three stems, with invalid voxels, resampling and an empty slot."""
+    specs = [hand.spec("volume", 2, 2, 60), hand.spec("slab", 1, 1, 40), hand.spec("planar", 1, 1, 30)]
+    crops = [
+        hand.crop("volume", (20, 30, 18), index=0, slot=0, invalid=0.2, residual=(0.9, 0.8, 1.1)),
+        hand.crop("volume", (16, 16, 24), index=1, slot=3, modality="PT"),
+        hand.crop("slab", (5, 40, 30), index=2, spec=1, modality="MR"),
+        hand.crop("planar", (1, 60, 70), index=3, spec=2, modality="XR"),
+    ]
+    return hand.build(specs, crops, **changes)
+
+
+class NoCopies(TorchFunctionMode):
+    """Refuses what makes the host wait for a device and goes unseen on the meta device."""
+
+    forbidden = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.repeat_interleave)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in self.forbidden, func
+        assert func is not torch.Tensor.repeat_interleave
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder": MIXED},
+        {"encoder": MIXED, "decoder": "cross", "mask_ratio": (0.5, 0.9)},
+        {"encoder": {"rotary": "index"}, "norm_pix": True, "gradient_weight": 1.0},
+        {"encoder": {"rotary": "off", "learned_positions": (2, 3, 2)}, "predict_share": 0.5},
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_and_backward_never_look_at_a_value(changes: Any, training: bool, hand: Any) -> None:
+    model, batch = mixed(hand, **changes)
+    model.to("meta").train(training)
+    placed = to_device(batch, torch.device("meta"))
+    with NoCopies():
+        loss, metrics = model(placed)
+        loss.backward()
+        assert len(model(placed, reconstruct=True)) == 3
+    assert loss.shape == ()
+    assert all(value.shape == () for pair in metrics.values() for value in pair)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda block: block.weight.sum().item(),
+        lambda block: bool(block.weight.any()),
+        lambda block: block.grid[block.weight > 0],
+        lambda block: torch.tensor([1.0], device=block.weight.device),
+        lambda block: block.grid.repeat_interleave(block.valid, 0),
+    ],
+)
+def test_a_look_at_a_value_would_be_noticed(look: Any, hand: Any) -> None:
+    block = to_device(mixed(hand)[1], torch.device("meta"))["slab-1"]
+    with NoCopies(), pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
+        look(block)
+
+
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_recomputing_the_blocks_changes_no_gradient(decoder: str, hand: Any) -> None:
+    model, batch = mixed(hand, decoder=decoder, encoder=MIXED)
+    found, calls = [], [0]
+    for block in model.blocks_to_compile():
+        block.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    for on in (False, True):
+        model.set_checkpointing(on)
+        model.zero_grad()
+        calls[0] = 0
+        model(batch)[0].backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+        assert calls[0] == len(model.blocks_to_compile()) * (2 if on else 1)
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_decoder_blocks_compile_once_and_whole(decoder: str, hand: Any) -> None:
+    """One graph for three row classes and any batch, without a break; state-dict keys stay."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model, batch = mixed(hand, decoder=decoder)
+    assert set(model.blocks_to_compile()) == {*model.encoder.blocks, *model.decoder.blocks}
+    expected, names = model(batch)[0].item(), list(model.state_dict())
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.decoder.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    for seed in range(3):
+        _, drawn = mixed(hand, decoder=decoder, seed=seed)
+        loss = model(drawn)[0]
+        loss.backward()
+        assert seed or loss.item() == pytest.approx(expected, rel=1e-5)
+    assert counter.frame_count == 1
+    assert list(model.state_dict()) == names
+
+
+def test_evaluation_repeats_and_leaves_drop_path_out(hand: Any) -> None:
+    """In eval mode the loss depends on weights, crops and the evaluation's seed alone."""
+    changes: Any = {"encoder": MIXED, "augment": False}
+    model, batch = mixed(hand, **changes)
+    model.eval()
+    with torch.no_grad():
+        first = [result.crop_loss for result in model(batch, reconstruct=True)]
+        torch.manual_seed(123)
+        _, again = mixed(hand, **changes)
+        second = [result.crop_loss for result in model(again, reconstruct=True)]
+        _, other = mixed(hand, seed=1, **changes)
+        masked_otherwise = [result.crop_loss for result in model(other, reconstruct=True)]
+        trained = [result.crop_loss for result in model.train()(batch, reconstruct=True)]
+    assert all(torch.equal(*pair) for pair in zip(first, second))
+    assert not any(torch.equal(*pair) for pair in zip(first, masked_otherwise))
+    assert not all(torch.equal(*pair) for pair in zip(first, trained))
+    assert not any(
+        block.flip.any() or (block.tone != torch.tensor([1.0, 0, 1])).any() for block in batch.values()
+    )
