@@ -55,7 +55,7 @@ def run(folder: Path, changes: dict[str, str], seed: int, given: argparse.Namesp
         "engine.zero_stage": "0",
         "engine.workers": "1",
         "engine.threads": "1",
-        "evaluation.batches": "16",
+        "evaluation.batches": "8",
         "probes.data": given.labelled or given.data,
         "probes.sources": f"[{given.source}]",
         "probes.cases": "34",
