@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.shots import Shot, alike
+from pretrain.shots import THRESHOLDS, Shot, alike, dice_by_threshold, tally
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # on the diagonal, relative to its mean
-THRESHOLDS = tuple(n / 20 for n in range(1, 16))
 FOLDS = 4  # parts of the shots, by position, that are left out in turn
 TOGETHER = 4  # classes fitted at a time, so that memory is bounded by shots x D x 4 P
 
@@ -78,14 +77,14 @@ def _fit(shots: Sequence[Shot], classes: Sequence[int]) -> list[Linear]:
     """Maps of classes that all of the shots are annotated for."""
     sums = [_sums(shot, classes) for shot in shots]
     folds = min(FOLDS, len(shots))
-    # Voxels left out, by ridge, class, truth, and number of thresholds that their score is above.
     counts = torch.zeros(len(RIDGES), len(classes), 2, len(THRESHOLDS) + 1, dtype=torch.int64)
     for fold in range(folds):
         kept = _total([s for n, s in enumerate(sums) if n % folds != fold])
         for number, ridge in enumerate(RIDGES):
             weight, bias = kept.solve(ridge)
             for shot in shots[fold::folds]:
-                counts[number] += _histogram(shot.features @ weight + bias, shot, classes).cpu()
+                scores = (shot.features @ weight + bias).unflatten(1, (len(classes), -1)).transpose(0, 1)
+                counts[number] += tally(scores, shot.truth[list(classes)], shot.known).cpu()
     best = _best(counts)
     total = _total(sums)
     solved = {number: total.solve(RIDGES[number]) for number in sorted({number for number, _ in best})}
@@ -113,22 +112,9 @@ def _total(parts: Sequence[_Sums]) -> _Sums:
     return _Sums(*(torch.stack(same).sum(0) for same in zip(*parts)))
 
 
-def _histogram(scores: Tensor, shot: Shot, classes: Sequence[int]) -> Tensor:
-    """Known voxels by class, truth and number of thresholds that their score (n, C x P) is above."""
-    limits = scores.new_tensor(THRESHOLDS)
-    rank = torch.bucketize(scores, limits).unflatten(1, (len(classes), -1)).transpose(0, 1)
-    cells = len(THRESHOLDS) + 1
-    place = torch.arange(len(classes), device=scores.device)[:, None, None] * 2 + shot.truth[list(classes)]
-    flat = (place * cells + rank)[shot.known.expand(len(classes), -1, -1)]
-    return torch.bincount(flat, minlength=2 * len(classes) * cells).view(len(classes), 2, cells)
-
-
 def _best(counts: Tensor) -> list[tuple[int, int]]:
-    """Number of the ridge and of the threshold with the highest Dice, for each class."""
-    above = (
-        counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].double()
-    )  # voxels whose score is above each threshold
-    true = counts[:, :, 1].sum(-1, keepdim=True)
-    dice = 2 * above[:, :, 1] / (above.sum(2) + true)
-    choice = dice.transpose(0, 1).flatten(1).argmax(1).tolist()
-    return [divmod(number, len(THRESHOLDS)) for number in choice]
+    """Places of the ridge and the threshold with the highest Dice, for each class, from tallies (ridge,
+    class, 2, T + 1).
+    """
+    dice = dice_by_threshold(counts).transpose(0, 1)
+    return [divmod(place, len(THRESHOLDS)) for place in dice.flatten(1).argmax(1).tolist()]

@@ -154,7 +154,7 @@ class Probe:
             signs = spread | collapse.attention(looked)
         return found | self._raw | {f"collapse/{name}": value for name, value in signs.items()}
 
-    def alarms(self, scores: Mapping[str, float], earlier: Mapping[str, float] | None = None) -> list[str]:
+    def alarms(self, scores: Mapping[str, float], earlier: Sequence[Mapping[str, float]] = ()) -> list[str]:
         """Lines for people where features or attention have collapsed; see `collapse.alarms`."""
         return collapse.alarms(scores, earlier)
 
@@ -229,7 +229,7 @@ class Probe:
         )
 
     def _knn(self, shots: list[Shot]) -> Segmenter:
-        return lambda features: knn.segment(shots, features, self.config.k)
+        return knn.Knn(shots, self.config.k).segment
 
 
 Segmenter = Callable[[Tensor], Mapping[int, Tensor]]  # features (n, D) -> (n, P) bool by class
