@@ -90,7 +90,7 @@ engines = st.builds(
     updates=st.integers(1, 10**6),
     betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     zero_stage=st.integers(0, 3),
-    compile=st.booleans(),
+    compile=st.sampled_from(["auto", True, False]),
     precision=st.sampled_from(["bf16", "fp32"]),
 )
 recipes = st.builds(
