@@ -26,8 +26,14 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm computed in float32 whatever the dtype of input and weights; keeps the input's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # The CPU's kernel reads bf16 beside float32 weights; elsewhere compiled code fuses the conversions.
+        mixed = input.device.type == "cpu" and input.dtype == torch.bfloat16
         x = functional.layer_norm(
-            input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+            input if mixed else input.float(),
+            self.normalized_shape,
+            self.weight.float(),
+            self.bias.float(),
+            self.eps,
         )
         return x.to(input.dtype)
 
@@ -35,6 +41,17 @@ class LayerNorm(nn.LayerNorm):
 def tokens_in(layout: Layout) -> int:
     """Number of tokens a layout describes."""
     return sum(n * length for n, length in layout)
+
+
+def segments(x: Tensor, layout: Layout) -> Sequence[Tensor]:
+    """The tokens (n * length, ...) of each segment of x (S, ...); views, and x itself where it is the only
+    one."""
+    return [x] if len(layout) == 1 else x.split([n * length for n, length in layout])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The inverse of `segments`."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def key_masks(attend: Tensor | None, layout: Layout) -> list[Tensor | None]:
@@ -46,17 +63,20 @@ def key_masks(attend: Tensor | None, layout: Layout) -> list[Tensor | None]:
     if attend is None:
         return [None] * len(layout)
     masks: list[Tensor | None] = []
-    for part, (n, length) in zip(attend.split([n * length for n, length in layout]), layout):
+    for part, (n, length) in zip(segments(attend, layout), layout):
         keys = part.view(n, length)
         masks.append((keys | ~keys.any(1, keepdim=True)).view(n, 1, 1, length))
     return masks
 
 
 def per_token(values: Tensor, layout: Layout) -> Tensor:
-    """Spread one value a sequence (n_total,) over that sequence's tokens: (S,)."""
+    """Spread the values (n_total, ...) of sequences over their tokens: (S, ...)."""
     parts = values.split([n for n, _ in layout])
-    return torch.cat(
-        [part[:, None].expand(n, length).reshape(-1) for part, (n, length) in zip(parts, layout)]
+    return joined(
+        [
+            part[:, None].expand(-1, length, *part.shape[1:]).flatten(0, 1)
+            for part, (_, length) in zip(parts, layout)
+        ]
     )
 
 
@@ -76,23 +96,23 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: (S, D); rotary: cos and sin (S, head_dim / 2) or None; masks: see `key_masks`. Gives (S, D)."""
         q, k, v = self.heads_of(x, rotary)
-        sizes = [n * length for n, length in layout]
         mixed = []
-        for (n, length), mask, *parts in zip(layout, masks, q.split(sizes), k.split(sizes), v.split(sizes)):
+        for (n, length), mask, *parts in zip(layout, masks, *(segments(part, layout) for part in (q, k, v))):
             if n * length == 0:
                 mixed.append(parts[2])
                 continue
             query, key, value = (part.view(n, length, self.heads, -1).transpose(1, 2) for part in parts)
             out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             mixed.append(out.transpose(1, 2).reshape(n * length, self.heads, -1))
-        return self.proj(torch.cat(mixed).flatten(1))
+        return self.proj(joined(mixed).flatten(1))
 
     def heads_of(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (S, heads, head width)."""
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = apply_rotary(q, *rotary, dtype=v.dtype), apply_rotary(k, *rotary, dtype=v.dtype)
+            # v gets a place of its own, so that the product of qkv does not live until the backward pass
+            q, k, v = apply_rotary(q, *rotary), apply_rotary(k, *rotary), v.contiguous()
         return q, k, v
 
 
@@ -122,6 +142,6 @@ class Block(nn.Module):
         """x: (S, D). masks: per segment, or None. keep: (S, 1) factor on both branches, 0 drops the block."""
         masks = masks if masks is not None else [None] * len(layout)
         branch = self.ls1(self.attn(self.norm1(x), layout, rotary, masks))
-        x = x + (branch if keep is None else branch * keep)
+        x = x + branch if keep is None else torch.addcmul(x, branch, keep)
         branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + (branch if keep is None else branch * keep)
+        return x + branch if keep is None else torch.addcmul(x, branch, keep)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from model.attention_entropy import attention_entropy
-from model.block import Block, LayerNorm, Layout, Rotary, key_masks, per_token, tokens_in
+from model.block import Block, LayerNorm, Layout, Rotary, joined, key_masks, per_token, segments, tokens_in
 from model.config import KINDS, PATCH, SIZES, EncoderConfig, Kind
 from model.errors import UserError
 from model.patches import constant, patchify, token_centres, token_index
@@ -35,27 +35,28 @@ class PrefixTokens(nn.Module):
         """(S, D) -> (S + sequences * count, D)."""
         width = x.shape[1]
         parts = []
-        for part, (n, length) in zip(x.split([n * length for n, length in layout]), layout):
+        for part, (n, length) in zip(segments(x, layout), layout):
             prefix = self.tokens.to(x.dtype).expand(n, -1, -1)
             parts.append(torch.cat((prefix, part.view(n, length, width)), 1).view(-1, width))
-        return torch.cat(parts)
+        return joined(parts)
 
 
 def _with_prefix(x: Tensor, layout: Layout, count: int, value: float) -> Tensor:
     """Insert `count` rows of `value` before each sequence of x (S, ...)."""
     parts = []
-    for part, (n, length) in zip(x.split([n * length for n, length in layout]), layout):
+    for part, (n, length) in zip(segments(x, layout), layout):
         rows = part.view(n, length, *x.shape[1:])
         parts.append(torch.cat((rows.new_full((n, count, *x.shape[1:]), value), rows), 1).flatten(0, 1))
-    return torch.cat(parts)
+    return joined(parts)
 
 
 def _without_prefix(x: Tensor, layout: Layout, count: int) -> Tensor:
     """Undo `PrefixTokens`; `layout` is the one without prefix."""
     parts = []
-    for part, (n, length) in zip(x.split([n * (length + count) for n, length in layout]), layout):
+    inner = tuple((n, length + count) for n, length in layout)
+    for part, (n, length) in zip(segments(x, inner), layout):
         parts.append(part.view(n, length + count, x.shape[1])[:, count:].reshape(n * length, x.shape[1]))
-    return torch.cat(parts)
+    return joined(parts)
 
 
 class Encoder(nn.Module):
@@ -177,11 +178,11 @@ class Encoder(nn.Module):
         if drop is not None and drop.shape != (sum(n for n, _ in layout), self.depth):
             raise ValueError(f"drop must be (sequences, {self.depth}), not {tuple(drop.shape)}")
         x, inner, tables, masks = self._packed(tokens, centres, layout, attend)
+        kept = None if drop is None else self._kept(drop, inner, x.dtype)
         features: dict[int, Tensor] = {}
         for number in range(max(depths, default=0) + 1):
             if number:
-                keep = None if drop is None else self._keep(drop, number - 1, inner, x.dtype)
-                block = self.blocks[number - 1]
+                block, keep = self.blocks[number - 1], None if kept is None else kept[number - 1]
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(
                         block, x, inner, tables, masks, keep, use_reentrant=False, preserve_rng_state=False
@@ -237,10 +238,10 @@ class Encoder(nn.Module):
             x = block(x, inner, tables, masks)
         return torch.stack(found)
 
-    def _keep(self, drop: Tensor, number: int, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """(S, 1) factor of a block's branches: 0 where dropped, else 1 / (1 - rate)."""
-        kept = (~drop[:, number]).to(dtype) / (1 - self.drop_rates[number])
-        return per_token(kept, layout)[:, None]
+    def _kept(self, drop: Tensor, layout: Layout, dtype: torch.dtype) -> Sequence[Tensor]:
+        """For each block the factor (S, 1) of its branches: 0 where dropped, else 1 / (1 - rate)."""
+        scale = constant([1 / (1 - rate) for rate in self.drop_rates], drop.device, torch.float32)
+        return per_token((~drop * scale).to(dtype), layout).unsqueeze(-1).unbind(1)
 
     def forward(
         self,

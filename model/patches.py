@@ -37,7 +37,7 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channe
     )  # fmt: skip
 
 
-def constant(values: Sequence[int], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+def constant(values: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
     """A few numbers on a device, (len(values),), without the copy that `torch.tensor` would make the host
     wait for."""
     return torch.stack([torch.full((), value, device=device, dtype=dtype) for value in values])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +33,35 @@ def rotary(
     return angle.cos(), angle.sin()
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (S, heads, head_dim) by tables (S, head_dim // 2); channel i pairs with i + head_dim // 2.
 
-    Computed in float32; the result has `dtype`, by default that of x.
+    Computed in float32; the result has the dtype of x.
     """
-    first, second = x.float().chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(dtype or x.dtype)
+    turned: Tensor = _Turn.apply(x, cos, sin)
+    return turned
+
+
+class _Turn(torch.autograd.Function):
+    """A turn, whose backward pass is the turn the other way: nothing but the tables is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = x.float().unflatten(-1, (2, -1))
+    out = pairs * cos[:, None, None]
+    out[..., 0, :].addcmul_(pairs[..., 1, :], sin[:, None], value=-1)
+    out[..., 1, :].addcmul_(pairs[..., 0, :], sin[:, None])
+    return out.flatten(-2).to(x.dtype)
 
 
 def from_middle(centres: Tensor, layout: tuple[tuple[int, int], ...], attend: Tensor | None = None) -> Tensor:
