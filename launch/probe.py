@@ -24,6 +24,8 @@ def probe(args: argparse.Namespace) -> int:
     checkpoint = Path(args.checkpoint)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such folder; give a run, a checkpoint or an exported encoder")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder; make it first")
     folder = _whole_network(checkpoint)
     found = _probe_encoder(checkpoint, args) if folder is None else _probe_network(folder, args)
     if args.json:
@@ -97,37 +99,41 @@ def _probe_network(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
     quality = Quality(recipe.model_copy(update={"data": data}), manifest)
+    if quality.held_out is None and (args.split or quality.probe is None):
+        splits = ", ".join(sorted(set(manifest.column("split"))))
+        raise UserError(f"{data.root}: no samples in split {data.held_out!r}; it has {splits}: give --split")
     print(f"{folder}\n{quality.describe()}")
     try:
         scores = quality.score_alone(read_network(folder, recipe, torch.device(args.device)))
     except Gone:
         raise UserError(f"{folder}: was deleted while it was read; take a newer one") from None
-    print(quality.report(scores, None))
+    print(quality.report(scores, []))
     return {
         "checkpoint": os.fspath(folder), "data": data.root, "labelled": recipe.probes.data, "scores": scores,
     }  # fmt: skip
 
 
 def _probe_encoder(checkpoint: Path, args: argparse.Namespace) -> dict[str, object]:
+    import torch
+
+    from model.weights import find_weights, load_encoder
+    from pretrain.probe import Probe
+    from pretrain.probe_config import ProbeConfig
+    from pretrain.quality import probe_line
+
+    find_weights(checkpoint)
     labelled = args.labelled or args.data
     if not labelled:
         raise UserError(f"{checkpoint}: name a labelled shard dataset to probe this encoder on")
-    import torch
-
-    from model.weights import load_encoder
-    from pretrain.probe import Probe
-    from pretrain.probe_config import ProbeConfig
-
     device = torch.device(args.device)
     encoder = load_encoder(checkpoint, device=device)
     probes = Probe(ProbeConfig(data=labelled), encoder.config)
     print(
-        f"{checkpoint}\nheld out: left out, for an encoder alone reconstructs nothing; probe a checkpoint of "
-        f"its run\n{probes.describe()}"
+        f"{checkpoint}\nheld out: left out, for an encoder alone reconstructs nothing: probe a checkpoint of "
+        f"its run; probes at their defaults, in float32\n{probes.describe()}"
     )
     scores = probes.score(encoder, 0, 1, device)
-    for name, value in scores.items():
-        print(f"{name} {value:.3f}")
+    print(probe_line(scores))
     for line in probes.alarms(scores):
         print(f"ALARM: {line}")
     return {"checkpoint": os.fspath(checkpoint), "data": "", "labelled": labelled, "scores": scores}

@@ -11,6 +11,7 @@ import fcntl
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -81,15 +82,17 @@ class Follower:
         run: run folder.
         labelled: labelled shard dataset of the probes in place of the recipe's; "" takes the recipe's.
         device: where the network runs.
-        say: takes each line for people.
+        say: takes each line for people; prints it where not given.
     """
 
     def __init__(
-        self, run: Path, labelled: str = "", device: str = "cpu", say: Callable[[str], None] = print
+        self, run: Path, labelled: str = "", device: str = "cpu", say: Callable[[str], None] | None = None
     ) -> None:
-        self.run, self.labelled, self.device, self.say = run, labelled, torch.device(device), say
+        self.run, self.labelled, self.device = run, labelled, torch.device(device)
+        self.say = say or partial(print, flush=True)
         self.scored = 0
-        self._quality: tuple[PretrainRecipe, Quality] | None = None
+        self._recipe: PretrainRecipe | None = None
+        self._quality: Quality | None = None
         self._writer: Any = None
         self._settled: set[str] = set()  # fingerprints that need no further look: scored, or told of
         self._waiting: dict[str, str] = {}  # name and fingerprint of checkpoints seen and not yet scored
@@ -150,14 +153,16 @@ class Follower:
         self._waiting = {folder.name: mark for folder, mark in found.items()}
         if not found:
             return False
-        recipe, quality = self._open()
+        if self._recipe is None:  # which is there before any checkpoint is
+            self._recipe = with_labelled(recipe_of(self.run), self.labelled)
         folder, mark = next(iter(found.items()))
-        done = [row for row in record.rows if row["labelled"] == recipe.probes.data]
+        done = [row for row in record.rows if row["labelled"] == self._recipe.probes.data]
         if any(row["complete"] == mark for row in done):
             self._settled.add(mark)
             return True
+        quality = self._measured(self._recipe)
         try:
-            self._score(folder, mark, recipe, quality, record, done)
+            self._score(folder, mark, quality, record, done)
         except Gone:
             self._settle(mark, f"{folder.name} was deleted while it was read; engine.keep_every keeps some")
         except UserError as error:
@@ -168,28 +173,25 @@ class Follower:
         self._settled.add(mark)
         self.say(text)
 
-    def _open(self) -> tuple[PretrainRecipe, Quality]:
-        """The recipe and what is measured; opened when the first checkpoint is there, the recipe then is."""
+    def _measured(self, recipe: PretrainRecipe) -> Quality:
+        """What is measured; opened for the first checkpoint to score."""
         if self._quality is None:
-            recipe = with_labelled(recipe_of(self.run), self.labelled)
             if recipe.engine.threads:
                 torch.set_num_threads(recipe.engine.threads)
-            quality = Quality(recipe, Manifest.open(recipe.data.root))
-            self.say(quality.describe())
-            self._quality = recipe, quality
+            self._quality = Quality(recipe, Manifest.open(recipe.data.root))
+            self.say(self._quality.describe())
         return self._quality
 
     def _score(
-        self, folder: Path, mark: str, recipe: PretrainRecipe, quality: Quality, record: Record,
-        done: list[dict[str, Any]],
-    ) -> None:  # fmt: skip
+        self, folder: Path, mark: str, quality: Quality, record: Record, done: list[dict[str, Any]]
+    ) -> None:
         began, update = time.monotonic(), update_of(folder)
-        network = read_network(folder, recipe, self.device)
-        scores = quality.score_alone(network)
-        before = [row for row in done if row["update"] < update]
-        earlier = max(before, key=lambda row: row["update"])["scores"] if before else None
+        scores = quality.score_alone(read_network(folder, quality.recipe, self.device))
+        before = sorted((row for row in done if row["update"] < update), key=lambda row: row["update"])
         seconds = time.monotonic() - began
-        self.say(f"{folder.name}, {seconds:.1f} s\n{quality.report(scores, earlier)}")
+        self.say(
+            f"{folder.name}, {seconds:.1f} s\n{quality.report(scores, [row['scores'] for row in before])}"
+        )
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -201,7 +203,7 @@ class Follower:
         record.add(
             {
                 "update": update, "checkpoint": folder.name, "complete": mark,
-                "labelled": recipe.probes.data, "seconds": round(seconds, 2), "scores": scores,
+                "labelled": quality.recipe.probes.data, "seconds": round(seconds, 2), "scores": scores,
             }
         )  # fmt: skip
         self._settled.add(mark)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from data_pipeline.manifest import Manifest
@@ -60,21 +62,30 @@ class Quality:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return self.score(network, 0, 1, device)
 
-    def report(self, scores: dict[str, float], earlier: dict[str, float] | None) -> str:
-        """Figures for people, and a line for every sign of collapse; `earlier`: scores of the time before."""
-        probes = [
-            f"{name} {value:.3f}"
-            for name, value in scores.items()
-            if name.startswith(("probe/", "collapse/")) and name.count("/") == 1
-        ]
-        alarms = self.probe.alarms(scores, earlier) if self.probe else []
-        lines = [describe(scores), "  ".join(probes), *(f"ALARM: {line}" for line in alarms)]
+    def report(self, scores: Mapping[str, float], earlier: Sequence[Mapping[str, float]]) -> str:
+        """Figures for people, and a line for every sign of collapse. earlier: scores before, oldest first."""
+        lines = [describe(scores)]
+        if self.probe:
+            lines += [probe_line(scores), *(f"ALARM: {line}" for line in self.probe.alarms(scores, earlier))]
         return "\n".join(line for line in lines if line)
 
     @property
     def pictures(self) -> list[Picture]:
         """Reconstructions that the last `score` kept on this rank."""
         return self.held_out.pictures if self.held_out else []
+
+
+def probe_line(scores: Mapping[str, float]) -> str:
+    """The main figures of `Probe.score` in one line."""
+    parts = [
+        f"Dice of few shots: linear {scores['probe/linear_dice']:.3f}, kNN {scores['probe/knn_dice']:.3f}, "
+        f"linear on raw voxels {scores['probe/raw_linear_dice']:.3f}",
+        f"features' rank {scores['collapse/rank']:.0f}, {scores['collapse/rank_share']:.0%} of the width",
+    ]
+    if "collapse/attention_entropy_min" in scores:
+        low, high = (scores[f"collapse/attention_entropy_{end}"] for end in ("min", "max"))
+        parts.append(f"attention entropy {low:.2f} to {high:.2f}")
+    return "; ".join(parts)
 
 
 def voxel_dtype(manifest: Manifest) -> str:

@@ -61,7 +61,7 @@ def read_network(folder: Path, recipe: PretrainRecipe, device: torch.device) -> 
 def _read_state(folder: Path) -> dict[str, Tensor]:
     try:
         if fault := checkpoint.fault(folder):
-            raise UserError(f"{folder}: {fault}; name another checkpoint")
+            raise UserError(f"{folder}: damaged ({fault})")
         return checkpoint.Checkpoint(folder).model_state()
     except (OSError, SafetensorError, UserError):
         if not folder.is_dir():

@@ -63,7 +63,7 @@ class PretrainTask:
             dtype=voxel_dtype(self.manifest),
         )  # fmt: skip
         self.quality = Quality(recipe, self.manifest)
-        self._scores: dict[str, float] | None = None  # of the last evaluation
+        self._scores: list[dict[str, float]] = []  # of this launch's evaluations
 
     def micro_steps(self, world: int) -> int:
         """Groups a rank takes an update."""
@@ -106,9 +106,12 @@ class PretrainTask:
         """Held-out loss and probes (see `Quality`); the table is printed by rank 0."""
         device = next(self.network.parameters()).device
         scores = self.quality.score(self.network, rank, world, device)
-        if rank == 0 and scores:
-            print(f"update {update}\n{self.quality.report(scores, self._scores)}", flush=True)
-        self._scores = scores
+        if rank == 0:
+            if not self._scores:
+                print(self.quality.describe(), flush=True)
+            if scores:
+                print(f"update {update}\n{self.quality.report(scores, self._scores)}", flush=True)
+        self._scores.append(scores)
         return scores
 
     def pictures(self, update: int, rank: int, world: int, writer: Any) -> None:
