@@ -122,22 +122,43 @@ def test_predictions_see_visible_tokens_and_nothing_of_masked_ones(hand: Any) ->
     assert not torch.allclose(after.prediction, before.prediction)
 
 
+def encoded(model: Any, batch: Any) -> torch.Tensor:
+    """The encoder's features (n, v, D) of the first row block."""
+    found = []
+    hook = model.decoder.register_forward_pre_hook(lambda _, args: found.append((args[0], args[3][0])))
+    model(batch)
+    hook.remove()
+    features, (n, length) = found[0]
+    return features[: n * length].unflatten(0, (n, length))
+
+
+@pytest.mark.parametrize("ratio", [0.75, (0.4, 0.9)])
 @pytest.mark.parametrize("decoder", ["self", "cross"])
-def test_a_crop_does_not_depend_on_neighbours_padding_or_row_class(decoder: str, hand: Any) -> None:
+def test_a_crop_does_not_depend_on_neighbours_padding_or_row_class(
+    decoder: str, ratio: Any, hand: Any
+) -> None:
+    changes: Any = {
+        "decoder": decoder, "decoder_depth": 2, "mask_ratio": ratio, "encoder": {"registers": 2},
+        "gradient_weight": 0.5,
+    }  # fmt: skip
     crop = hand.crop("volume", (20, 30, 18), index=5, invalid=0.1)
-    model, alone = hand.build([hand.spec("volume", 1, 1, 40)], [crop], decoder=decoder)
+    model, alone = hand.build([hand.spec("volume", 1, 1, 40)], [crop], **changes)
     moved = hand.crop("volume", (20, 30, 18), index=5, slot=2, invalid=0.1)
     others = [
         hand.crop("volume", (32, 32, 40), index=6, slot=0, seed=3),
-        hand.crop("volume", (9, 8, 8), index=7, slot=3, seed=4),
+        hand.crop("volume", (9, 8, 8), index=7, slot=3, seed=4, residual=(1.2, 1.0, 1.0)),
         hand.crop("slab", (6, 60, 60), index=8, spec=1, seed=5),
     ]
     specs = [hand.spec("volume", 4, 1, 400), hand.spec("slab", 1, 1, 64)]
-    _, crowd = hand.build(specs, [moved, *others], decoder=decoder)
-    first, second = model.reconstruct(alone)[0], model.reconstruct(crowd)[0]
+    _, crowd = hand.build(specs, [moved, *others], **changes)
+    with torch.no_grad():
+        first, second = model.reconstruct(alone)[0], model.reconstruct(crowd)[0]
+        features = encoded(model, alone)[0], encoded(model, crowd)[2]
+    assert first.prediction.shape[1] < second.prediction.shape[1]  # padding there, or more of it
     assert float(second.crop_loss[2]) == pytest.approx(float(first.crop_loss[0]), rel=1e-5)
-    n = int(first.tokens.predicted[0].sum())
+    n, seen = int(first.tokens.predicted[0].sum()), int(first.tokens.attend[0].sum())
     assert torch.allclose(first.prediction[0, :n], second.prediction[2, :n], atol=1e-5)
+    assert torch.allclose(features[0][:seen], features[1][:seen], atol=1e-5)
 
 
 def test_the_loss_of_an_update_is_the_sum_of_its_shares(hand: Any) -> None:
