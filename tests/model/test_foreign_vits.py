@@ -60,6 +60,52 @@ def test_planar_features_are_timms(theirs: dict, ours: dict) -> None:
     torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("switches", ["plain", "all"])
+def test_gradients_are_timms(switches: str) -> None:
+    """Every weight's gradient, carried over by the renaming that carries the weights."""
+    from timm.layers import SwiGLUPacked
+    from timm.models.vision_transformer import VisionTransformer
+
+    theirs: dict = {}
+    ours: dict = {}
+    if switches == "all":
+        theirs = {
+            "reg_tokens": 2, "init_values": 0.3, "qk_norm": True,
+            "mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU, "mlp_ratio": 16 / 3,
+        }  # fmt: skip
+        ours = {"registers": 2, "layer_scale": 0.3, "qk_norm": True, "swiglu": True}
+    source = VisionTransformer(
+        img_size=(32, 48), patch_size=16, embed_dim=96, depth=2, num_heads=3, num_classes=0, global_pool="",
+        no_embed_class=True, **theirs,
+    ).train()  # fmt: skip
+    randomise(source)
+    config = EncoderConfig(
+        size=None, width=96, depth=2, heads=3, patch={"planar": (1, 16, 16)}, rotary="off", channels=3,
+        learned_positions=(1, 2, 3), class_token=True, **ours,
+    )  # fmt: skip
+    encoder = Encoder(config).train()
+    assert load_state(encoder, from_timm_state(source.state_dict(), config)).complete
+    image, weight = torch.randn(2, 3, 32, 48), torch.randn(2, 6, 96)
+    (source.forward_features(image)[:, source.num_prefix_tokens :] * weight).sum().backward()
+    (found,) = encoder(image[:, :, None], SPACING, "planar")
+    (found.flatten(2).transpose(1, 2) * weight).sum().backward()
+    same_gradients(encoder, from_timm_state(gradients(source), config))
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients under the names of the weights; zero for what took no part."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+
+
+def same_gradients(encoder: Encoder, expected: dict[str, torch.Tensor]) -> None:
+    found = gradients(encoder)
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().clamp(min=1e-3 * largest)  # a bias of keys has a gradient of rounding
+        torch.testing.assert_close(found[name] / scale, gradient / scale, rtol=1e-4, atol=2e-5, msg=name)
+
+
 def test_intermediate_features_are_timms() -> None:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -109,6 +155,32 @@ def test_volume_features_are_monais(embedding: str, channels: int) -> None:
         expected, _ = source(image)
         (found,) = encoder(image, SPACING)
     torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("switches", [{}, {"qkv_bias": True}])
+def test_gradients_are_monais(switches: dict) -> None:
+    from monai.networks.nets.vit import ViT
+
+    source = ViT(
+        1, (16, 24, 8), (8, 8, 8), hidden_size=96, mlp_dim=384, num_layers=2, num_heads=3,
+        proj_type="conv", **switches,
+    ).train()  # fmt: skip
+    randomise(source)
+    config = EncoderConfig(
+        size=None, width=96, depth=2, heads=3, patch={"volume": (8, 8, 8)}, rotary="off", norm_eps=1e-5,
+        learned_positions=(2, 3, 1),
+    )  # fmt: skip
+    encoder = Encoder(config).train()
+    assert load_state(encoder, from_monai_state(source.state_dict(), config)).complete
+    image, weight = torch.randn(2, 1, 16, 24, 8), torch.randn(2, 6, 96)
+    (source(image)[0] * weight).sum().backward()
+    (found,) = encoder(image, SPACING)
+    (found.flatten(2).transpose(1, 2) * weight).sum().backward()
+    expected = from_monai_state(gradients(source), config)
+    if not switches:  # the source has no biases of queries, keys and values, ours get gradients
+        for name in [name for name in expected if name.endswith("qkv.bias")]:
+            expected[name] = dict(encoder.named_parameters())[name].grad
+    same_gradients(encoder, expected)
 
 
 def test_a_deeper_patch_sees_a_constant_stack_as_the_image() -> None:

@@ -32,6 +32,22 @@ def test_against_complex_numbers() -> None:
     assert torch.equal(found[..., 30:32], x[..., 30:32])  # pairs left over are not turned
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_that_of_the_written_out_turn(dtype: torch.dtype) -> None:
+    cos, sin = rotary(torch.rand(7, 3) * 50, 32)
+    x, weight = torch.randn(7, 2, 32).to(dtype), torch.randn(7, 2, 32)
+    found, expected = x.clone().requires_grad_(), x.double().requires_grad_()
+    (apply_rotary(found, cos, sin) * weight.to(dtype)).sum().backward()
+    first, second = expected.chunk(2, -1)
+    c, s = cos.double()[:, None], sin.double()[:, None]
+    turned = torch.cat((first * c - second * s, second * c + first * s), -1)
+    (turned * weight.to(dtype).double()).sum().backward()
+    assert found.grad is not None
+    assert found.grad.dtype == dtype
+    precision = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(found.grad.double(), expected.grad, rtol=precision, atol=precision)
+
+
 @given(
     shift=st.tuples(*[st.floats(-500, 500)] * 3),
     head=st.sampled_from([24, 32, 64, 88]),
