@@ -7,7 +7,7 @@ output = (v - center) / scale.
 
 from __future__ import annotations
 
-from torch import Tensor, asinh, clamp, float32, sinh, where
+from torch import Tensor, asinh, clamp, compiler, float32, sinh, where
 
 
 def _columns(norm: Tensor, like: Tensor) -> tuple[Tensor, ...]:
@@ -20,12 +20,17 @@ def _columns(norm: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     return columns.unbind(1)
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether a value may decide what is computed: on a device that would mean waiting, in compiled code a
+    break."""
+    return x.is_cpu and not compiler.is_compiling()
+
+
 def _squash(
     real: Tensor, low: Tensor, high: Tensor, center: Tensor, scale: Tensor, compress: Tensor
 ) -> Tensor:
     value = clamp(real, low, high)
-    # asinh is costly: skipped on CPU where nobody asks for it; on a device, looking would mean waiting
-    if not compress.is_cpu or bool((compress > 0).any()):
+    if not may_look(compress) or bool((compress > 0).any()):  # asinh is costly, so not without need
         value = where(compress > 0, asinh(value / where(compress > 0, compress, 1.0)), value)
     return (value - center) / scale
 

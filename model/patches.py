@@ -124,7 +124,7 @@ def gather_patches(
         else:
             nearest.append((place.clamp(min=0).minimum(last), place, place))
 
-    inside = _outer(within, torch.logical_and).reshape(n, m, -1)
+    inside = _outer(within, torch.bitwise_and).reshape(n, m, -1)
     if not resample:
         raw, there = _take(voxels, extent, [low for low, _, _ in nearest])
         inside &= there

@@ -20,7 +20,7 @@ from model.encoder import Encoder
 from pretrain.batch import MODALITIES, Batch, RowBlock, geometry_of_block
 from pretrain.decoder import Decoder, Places
 from pretrain.objective import ObjectiveConfig
-from pretrain.tokens import Tokens, index_centres, tokenise
+from pretrain.tokens import Patch, Tokeniser, Tokens, index_centres
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -34,6 +34,23 @@ class Reconstruction(NamedTuple):
     )
     crop_error: Tensor  # (n,) float32: mean squared error over the crop's scored voxels; 0 without any
     crop_loss: Tensor  # (n,) float32: what is trained on: that, and the gradient term where there is one
+
+
+class Score(nn.Module):
+    """The loss of a block's predictions; a module without weights, so that it is compiled with the blocks."""
+
+    def __init__(self, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.norm_pix, self.gradient_weight = objective.norm_pix, objective.gradient_weight
+
+    def forward(self, tokens: Tokens, prediction: Tensor, patch: Patch) -> tuple[Tensor, Tensor]:
+        """`crop_error` and `crop_loss` (n,) of a `Reconstruction`; prediction: (n, p, P) float32."""
+        target = patch_normalised(tokens) if self.norm_pix else tokens.target
+        error = crop_error(prediction, target, tokens.scored)
+        if not self.gradient_weight:
+            return error, error
+        difference = gradient_error(prediction - target, tokens.scored, patch)
+        return error, error + self.gradient_weight * difference
 
 
 class MaskedAutoencoder(nn.Module):
@@ -56,6 +73,8 @@ class MaskedAutoencoder(nn.Module):
         self.heads = nn.ModuleDict(
             {kind: _head(objective.decoder_width, math.prod(patch)) for kind, patch in config.patch.items()}
         )
+        # Not submodules: ZeRO 3 wants their calls alike on all ranks, and these have one a row class.
+        self.around = (Tokeniser(), Score(objective))
         self.drop_rates: Tensor
         self.register_buffer("drop_rates", torch.tensor(self.encoder.drop_rates), persistent=False)
 
@@ -80,9 +99,12 @@ class MaskedAutoencoder(nn.Module):
         self.encoder.set_checkpointing(on)
         self.decoder.checkpointing = on
 
-    def blocks_to_compile(self) -> Iterable[nn.Module]:
-        """The blocks that are compiled one by one; a hook of the engine."""
-        return [*self.encoder.blocks, *self.decoder.blocks]
+    def blocks_to_compile(self) -> list[nn.Module]:
+        """What is compiled part by part; a hook of the engine.
+
+        Blocks are compiled once for all row classes, the parts before and after them once a row class.
+        """
+        return [*self.encoder.blocks, *self.decoder.blocks, *self.around]
 
     def reconstruct(self, batch: Batch) -> list[Reconstruction]:
         """Predictions for every row block of the batch, in its order."""
@@ -95,7 +117,7 @@ class MaskedAutoencoder(nn.Module):
         need be: at ZeRO 3 a call gathers the layer's weights from all ranks, so that neither the calls nor
         their order may depend on what a rank drew.
         """
-        patches = self.encoder.config.patch
+        patches, (tokenise, score) = self.encoder.config.patch, self.around
         order = [name for kind in patches for name in batch if geometry_of_block(name) == kind]
         kinds = [geometry_of_block(name) for name in order]
         blocks = [batch[name] for name in order]
@@ -118,7 +140,8 @@ class MaskedAutoencoder(nn.Module):
             idle = idle + out[:0].sum()
             for number, part in zip(mine, out.split([len(rows[number]) for number in mine]) if mine else ()):
                 prediction = part.unflatten(0, asked_layout[number])
-                found[order[number]] = self._scored(tokens[number], prediction, patch)
+                scores = score(tokens[number], prediction, patch)
+                found[order[number]] = Reconstruction(tokens[number], prediction, *scores)
         return [found[name] for name in batch], idle
 
     def _places(
@@ -160,14 +183,6 @@ class MaskedAutoencoder(nn.Module):
             return None
         return torch.cat([b.drop for b in blocks]) < self.drop_rates
 
-    def _scored(self, tokens: Tokens, prediction: Tensor, patch: tuple[int, int, int]) -> Reconstruction:
-        target = patch_normalised(tokens) if self.objective.norm_pix else tokens.target
-        error = loss = crop_error(prediction, target, tokens.scored)
-        if self.objective.gradient_weight:
-            difference = gradient_error(prediction - target, tokens.scored, patch)
-            loss = error + self.objective.gradient_weight * difference
-        return Reconstruction(tokens, prediction, error, loss)
-
 
 def crop_error(prediction: Tensor, target: Tensor, scored: Tensor) -> Tensor:
     """Mean squared error (n,) float32 over each crop's scored voxels; all inputs (n, p, P) or broadcastable
@@ -177,7 +192,7 @@ def crop_error(prediction: Tensor, target: Tensor, scored: Tensor) -> Tensor:
     return squared.sum(dim=(1, 2)) / scored.sum(dim=(1, 2)).clamp(min=1)
 
 
-def gradient_error(error: Tensor, scored: Tensor, patch: tuple[int, int, int]) -> Tensor:
+def gradient_error(error: Tensor, scored: Tensor, patch: Patch) -> Tensor:
     """Mean squared difference (n,) float32 of the error (n, p, P) between voxels that are neighbours in a
     patch.
 

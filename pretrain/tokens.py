@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.normalise import background, normalise
+from model.normalise import background, may_look, normalise
 from model.patches import gather_patches, token_centres
 from pretrain.batch import RowBlock
 
@@ -41,14 +41,21 @@ class Tokens(NamedTuple):
     valid: Tensor  # (n,) int64: valid tokens of the crop
 
 
+class Tokeniser(nn.Module):
+    """`tokenise` as a module without weights, so that it is compiled where the blocks are: interpolating is
+    some hundred passes over the voxels, which one kernel does at once."""
+
+    def forward(self, block: RowBlock, patch: Patch) -> Tokens:
+        return tokenise(block, patch)
+
+
 def tokenise(block: RowBlock, patch: Patch) -> Tokens:
     """Cut and normalise the tokens of a block that its masks name."""
     ids = torch.cat([block.visible_ids, block.target_ids], dim=1)
     split = [block.visible_ids.shape[1], block.target_ids.shape[1]]
-    on_cpu = block.voxels.device.type == "cpu"  # where a look at the values waits for nothing
     raw, inside = gather_patches(
         block.voxels, block.extent, block.grid, block.residual, block.flip, patch, sum(split),
-        tokens=ids, resample=None if on_cpu else True,
+        tokens=ids, resample=None if may_look(ids) else True,
     )  # fmt: skip
     values = change_tone(normalise(raw, block.norm, inside), block.norm, block.tone)
     centres = token_centres(block.grid, block.start_mm, block.spacing, patch, block.axes, tokens=ids)
@@ -98,7 +105,7 @@ def change_tone(values: Tensor, norm: Tensor, tone: Tensor) -> Tensor:
     The exponent bends the range between the normalised ends of the clip window, then gain and shift apply.
     """
     gain, shift, exponent = (tone[:, k, None, None] for k in range(3))
-    if tone.device.type != "cpu" or bool((exponent != 1.0).any()):  # costly; a device cannot be asked
+    if not may_look(tone) or bool((exponent != 1.0).any()):  # costly, so not without need
         low, high = background(norm)[:, None, None], ceiling(norm)[:, None, None]
         share = ((values - low) / (high - low)).clamp(0.0, 1.0)
         values = torch.where(exponent == 1.0, values, low + (high - low) * share.pow(exponent))

@@ -79,7 +79,8 @@ def test_a_look_at_a_value_would_be_noticed(look: Any, hand: Any) -> None:
 def test_recomputing_the_blocks_changes_no_gradient(decoder: str, hand: Any) -> None:
     model, batch = mixed(hand, decoder=decoder, encoder=MIXED)
     found, calls = [], [0]
-    for block in model.blocks_to_compile():
+    blocks = [*model.encoder.blocks, *model.decoder.blocks]
+    for block in blocks:
         block.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     for on in (False, True):
         model.set_checkpointing(on)
@@ -87,29 +88,53 @@ def test_recomputing_the_blocks_changes_no_gradient(decoder: str, hand: Any) -> 
         calls[0] = 0
         model(batch)[0].backward()
         found.append([parameter.grad.clone() for parameter in model.parameters()])
-        assert calls[0] == len(model.blocks_to_compile()) * (2 if on else 1)
+        assert calls[0] == len(blocks) * (2 if on else 1)
     assert all(torch.equal(*pair) for pair in zip(*found))
 
 
-@pytest.mark.parametrize("decoder", ["self", "cross"])
-def test_decoder_blocks_compile_once_and_whole(decoder: str, hand: Any) -> None:
-    """One graph for three row classes and any batch, without a break; state-dict keys stay."""
+def compiled(parts: Any) -> Any:
+    """Compile these modules as the engine does; returns the counter of graphs."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model, batch = mixed(hand, decoder=decoder)
-    assert set(model.blocks_to_compile()) == {*model.encoder.blocks, *model.decoder.blocks}
-    expected, names = model(batch)[0].item(), list(model.state_dict())
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    for block in model.decoder.blocks:
-        block.compile(backend=counter, fullgraph=True)
+    for part in parts:
+        part.compile(backend=counter, fullgraph=True, dynamic=False)
+    return counter
+
+
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_a_decoder_block_compiles_once_for_all_row_classes_and_batches(decoder: str, hand: Any) -> None:
+    model, batch = mixed(hand, decoder=decoder)
+    expected, names = model(batch)[0].item(), list(model.state_dict())
+    counter = compiled(model.decoder.blocks)
     for seed in range(3):
-        _, drawn = mixed(hand, decoder=decoder, seed=seed)
-        loss = model(drawn)[0]
+        loss = model(mixed(hand, decoder=decoder, seed=seed)[1])[0]
         loss.backward()
         assert seed or loss.item() == pytest.approx(expected, rel=1e-5)
     assert counter.frame_count == 1
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_cutting_out_and_scoring_compile_once_a_row_class(hand: Any) -> None:
+    changes: Any = {"gradient_weight": 0.5, "norm_pix": True}
+    model, batch = mixed(hand, **changes)
+    eager = model.reconstruct(batch)
+    counter = compiled(model.around)
+    for seed in range(2):
+        model(mixed(hand, seed=seed, **changes)[1])[0].backward()
+    assert counter.frame_count == 3 + 3
+    for before, after in zip(eager, model.reconstruct(batch)):
+        for name, one, two in zip(before.tokens._fields, before.tokens, after.tokens):
+            assert torch.allclose(one.double(), two.double(), atol=1e-6, rtol=1e-6), name
+        for one, two in zip(before[1:], after[1:]):
+            assert torch.allclose(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_all_of_it_is_compiled(hand: Any) -> None:
+    model, _ = mixed(hand)
+    assert set(model.blocks_to_compile()) == {*model.encoder.blocks, *model.decoder.blocks, *model.around}
 
 
 def test_evaluation_repeats_and_leaves_drop_path_out(hand: Any) -> None:

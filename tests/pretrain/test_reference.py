@@ -396,6 +396,6 @@ def test_a_transposed_mask_is_noticed(what: str, hand: Any, monkeypatch: pytest.
         swapped = right(block._replace(target_ids=(x * gy + y) * gz + z), patch)
         return right(block, patch)._replace(**{what: getattr(swapped, what)})
 
-    monkeypatch.setattr("pretrain.mae.tokenise", wrong)
+    monkeypatch.setattr(pretrain.tokens, "tokenise", wrong)
     with pytest.raises(AssertionError):
         compare(model, batch, crops, kinds)
