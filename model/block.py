@@ -15,6 +15,7 @@ from timm.layers.mlp import Mlp, SwiGLUPacked
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.attention import attention
 from model.config import EncoderConfig
 from model.positions import apply_rotary
 
@@ -102,7 +103,7 @@ class Attention(nn.Module):
                 mixed.append(parts[2])
                 continue
             query, key, value = (part.view(n, length, self.heads, -1).transpose(1, 2) for part in parts)
-            out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            out = attention(query, key, value, mask)
             mixed.append(out.transpose(1, 2).reshape(n * length, self.heads, -1))
         return self.proj(joined(mixed).flatten(1))
 
