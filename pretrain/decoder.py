@@ -14,9 +14,9 @@ from typing import NamedTuple, cast
 import torch
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from model.attention import attention
 from model.block import Block, LayerNorm, Layout, Rotary, key_masks
 from model.config import EncoderConfig
 from model.errors import UserError
@@ -79,7 +79,7 @@ class CrossBlock(nn.Module):
                 mixed.append(query)
                 continue
             own, key, value = (part.unflatten(0, (n, -1)).transpose(1, 2) for part in (query, *parts))
-            out = functional.scaled_dot_product_attention(own, key, value, attn_mask=mask)
+            out = attention(own, key, value, mask)
             mixed.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(mixed)
 
