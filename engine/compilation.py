@@ -10,7 +10,7 @@ from torch import nn
 from engine.errors import UserError
 from engine.recipe import EngineConfig
 
-GRAPHS_TO_EXPECT = 16  # kinds of block times shapes of a batch; more means that shapes change all the time
+GRAPHS_TO_EXPECT = 24  # kinds of block times shapes in a batch; more means that shapes change all the time
 RECOMPILE_LIMIT = 64  # PyTorch's 8 counts all blocks together, since they share their code
 
 
