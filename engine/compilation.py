@@ -10,8 +10,8 @@ from torch import nn
 from engine.errors import UserError
 from engine.recipe import EngineConfig
 
-GRAPHS_TO_EXPECT = 24  # kinds of block times shapes in a batch; more means that shapes change all the time
-RECOMPILE_LIMIT = 64  # PyTorch's 8 counts all blocks together, since they share their code
+GRAPHS_TO_EXPECT = 48  # kinds of block times shapes in a batch; more means that shapes change all the time
+RECOMPILE_LIMIT = 128  # of one piece of code, which blocks of one kind share; PyTorch gives 8
 
 
 class Compilation:
