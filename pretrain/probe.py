@@ -34,7 +34,7 @@ ATTENTION_IMAGES = 4  # whose attention is looked at: it costs more than encodin
 
 
 class _Places(NamedTuple):
-    """Places of a task's images, and its classes that at least two shots hold.
+    """Places of a task's images, and its classes that at least two shots and one case hold.
 
     One shot alone would leave nothing to choose a ridge by, and tell of that patient more than of the class.
     """
@@ -54,7 +54,7 @@ class Probe:
 
     Attributes: `images` in fixed order; `tasks`, the places of their images in it; `classes`, names by
     number; `left_out`, why tasks are not scored. Raises UserError where nothing can be scored or a sample is
-    damaged.
+    damaged. While scoring, each rank holds the features of all images: images x window x width x 4 bytes.
     """
 
     def __init__(self, config: ProbeConfig, encoder: EncoderConfig, cache: CacheConfig | None = None) -> None:
@@ -101,15 +101,20 @@ class Probe:
                 )
                 continue
             images = [
-                read(reader, manifest, row, encoder, config.window, config.seed) for row in learnt + scored
+                read(reader, manifest, row, encoder, config.window, self.classes, config.seed)
+                for row in learnt + scored
             ]
-            classes = [n for n in self.classes if sum(image.holds(n) for image in images[: len(learnt)]) >= 2]
+            first, rest = images[: len(learnt)], images[len(learnt) :]
+            classes = [
+                n for n in self.classes
+                if sum(image.holds(n) for image in first) >= 2 and any(image.holds(n) for image in rest)
+            ]  # fmt: skip
             if not classes:
-                self.left_out.append(f"{' '.join(task)}: no class is in two of the {len(learnt)} shots")
+                self.left_out.append(f"{' '.join(task)}: no class is in two shots and in a case")
                 continue
-            first, middle = len(self.images), len(self.images) + len(learnt)
+            start, middle = len(self.images), len(self.images) + len(learnt)
             self.images += images
-            self.tasks[task] = _Places(range(first, middle), range(middle, len(self.images)), classes)
+            self.tasks[task] = _Places(range(start, middle), range(middle, len(self.images)), classes)
         if not self.images:
             why = "; ".join(self.left_out) or f"no labelled image in split {config.split!r} that it can see"
             raise UserError(f"probes.data: nothing to score in {config.data}: {why}")

@@ -132,12 +132,18 @@ def choose(
 
 
 def read(
-    reader: ShardReader, manifest: Manifest, row: int, encoder: EncoderConfig, window: int, seed: int
+    reader: ShardReader,
+    manifest: Manifest,
+    row: int,
+    encoder: EncoderConfig,
+    window: int,
+    classes: Collection[int],
+    seed: int,
 ) -> Labelled:
     """One crop of at most `window` tokens at native resolution, around a structure of the image.
 
-    The whole image where it fits. The structure is drawn by the hash of the key, each class alike; the crop's
-    middle is the known voxel of it that lies nearest to their mean. Several channels: the first.
+    The whole image where it fits. The structure is drawn by the hash of the key among those of `classes`; the
+    crop's middle is the known voxel of it that lies nearest to their mean. Several channels: the first.
 
     Raises UserError for a damaged sample.
     """
@@ -148,7 +154,7 @@ def read(
     patch = encoder.patch[task.geometry]
     grid = fit_grid([-(-n // p) for n, p in zip(shape, patch)], window)
     extent = [min(n, g * p) for n, g, p in zip(shape, grid, patch)]
-    middle = _middle(about, seed)
+    middle = _middle(about, classes, seed)
     origin = place(shape, extent, (0.5, 0.5, 0.5), [middle[axis] for axis in (a, b, c)])
     box = np.empty((2, 3), int)
     box[:, [a, b, c]] = origin, extent
@@ -180,9 +186,9 @@ def read(
     )
 
 
-def _middle(about: dict[str, Any], seed: int) -> list[int]:
-    """Stored (z, y, x) of a voxel in the middle of a structure of the image."""
-    structures = [found for found in about["foreground"] if found["class"] > 0 and found["voxels"]]
+def _middle(about: dict[str, Any], classes: Collection[int], seed: int) -> list[int]:
+    """Stored (z, y, x) of a voxel in the middle of a structure of the image, or of the image itself."""
+    structures = [found for found in about["foreground"] if found["class"] in classes and found["voxels"]]
     if not structures:
         return [n // 2 for n in about["shape"][1:]]
     drawn = structures[_hash(seed, about["key"] + ":structure") % len(structures)]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from data_pipeline.manifest import SCHEMA, Manifest, manifest_bytes
 from data_pipeline.shard_reader import ShardReader
@@ -23,7 +23,6 @@ from pretrain.probe import Probe, _encode, _nested_mean
 from pretrain.probe_config import ProbeConfig
 from pretrain.probe_data import choose, read
 
-REPOSITORY = Path(__file__).parents[2]
 ENCODER = EncoderConfig(size=None, width=48, depth=2, heads=2, registers=1)
 CPU = torch.device("cpu")
 KINDS = ("volume", "slab", "planar")
@@ -38,6 +37,15 @@ def organs(generator: np.random.Generator, shape: tuple[int, int, int]) -> np.nd
         label[sum(((a - m) / r) ** 2 for a, m, r in zip(axes, middle, radius)) < 1] = value
     label[-4:, -4:, -4:] = 9
     return label
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small matrices are slower on more, and two processes then add up alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +147,7 @@ def test_crops_hold_the_voxels_of_their_labels(labelled: Path) -> None:
     for row in manifest.select(source="mr").tolist():
         about = manifest.row(row)
         for window in (8, 27, 4096):
-            image = read(reader, manifest, row, ENCODER, window, 0)
+            image = read(reader, manifest, row, ENCODER, window, (1, 2), 0)
             assert (image.task.geometry, image.patch) == ("slab", (2, 16, 16))
             assert np.prod(image.grid) <= window
             assert image.spacing == pytest.approx((5.0, 0.8, 0.8))
@@ -153,6 +161,16 @@ def test_crops_hold_the_voxels_of_their_labels(labelled: Path) -> None:
             if window == 4096:
                 assert int(known.sum()) == np.prod(about["shape"])
                 assert image.inside.sum() == known.sum() < known.numel()  # padded to whole tokens
+
+
+def test_crops_are_cut_around_the_classes_asked_for(labelled: Path) -> None:
+    manifest = Manifest.open(labelled)
+    reader = ShardReader(labelled, manifest)
+    for row in manifest.select(source="ct").tolist():
+        for label in (1, 2):
+            image = read(reader, manifest, row, ENCODER, 1, (label,), 0)
+            assert image.grid == (1, 1, 1)
+            assert image.labels[0, 4, 4, 4] == label
 
 
 def test_unknown_voxels_are_not_background(probe: Probe) -> None:
@@ -249,46 +267,28 @@ def test_a_depth_and_index_positions_may_be_asked_for(labelled: Path, probe: Pro
         assert not torch.equal(_encode(encoder, wide, 0, CPU), _encode(encoder, image, 0, CPU))
 
 
-WORKER = """
-import json, sys, torch, torch.distributed as dist
-from model.config import EncoderConfig
-from model.encoder import Encoder
-from pretrain.probe import Probe
-from pretrain.probe_config import ProbeConfig
-
-file, rank, world, data, encoder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:6]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world)
-config = EncoderConfig.model_validate_json(encoder)
-torch.manual_seed(0)
-probe = Probe(ProbeConfig.model_validate_json(data), config)
-scores = [probe.score(Encoder(config), rank, world, torch.device("cpu")) for _ in range(2)]
-print(json.dumps(scores))
-"""
+def rank_of_two(rank: int, store: Path, probe: Probe) -> None:
+    """One process of two: writes the scores of two encoders."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    scores = [probe.score(encoder_of(seed), rank, 2, CPU) for seed in (0, 1)]
+    store.with_name(f"scores{rank}.json").write_text(json.dumps(scores))
+    dist.destroy_process_group()
 
 
 def test_any_number_of_ranks_gives_the_same_figures(labelled: Path, tmp_path: Path) -> None:
-    config = config_of(labelled, shots=3, cases=2)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / "store"), str(rank), "2",
-             config.model_dump_json(), ENCODER.model_dump_json()],
-            stdout=subprocess.PIPE, env=environment, cwd=REPOSITORY,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        alone = Probe(config, ENCODER)
-        expected = [alone.score(Encoder(ENCODER), 0, 1, CPU) for _ in range(2)]
-    finally:
-        torch.set_num_threads(threads)
-        found = [json.loads(process.communicate(timeout=200)[0]) for process in processes]
-    assert expected[0] != expected[1]  # another encoder
-    assert found == [expected, expected]
+    probe = Probe(config_of(labelled, shots=3, cases=2), ENCODER)
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=rank_of_two, args=(r, tmp_path / "store", probe)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    alone = [probe.score(encoder_of(seed), 0, 1, CPU) for seed in (0, 1)]
+    assert alone[0] != alone[1]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"scores{rank}.json").read_text()) == alone
 
 
 def test_what_is_wrong_is_said_in_one_line(labelled: Path, tmp_path: Path, probe: Probe) -> None:
