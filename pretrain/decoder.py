@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import attention
-from model.block import Block, LayerNorm, Layout, Rotary, key_masks
+from model.block import Block, LayerNorm, Layout, Rotary, joined, key_masks, segments
 from model.config import EncoderConfig
 from model.errors import UserError
 from model.patches import token_index
@@ -71,17 +71,18 @@ class CrossBlock(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory_layout: Layout, masks: Masks
     ) -> Tensor:
         """Attention of packed heads (S, heads, head width) to (M, heads, head width)."""
-        queries = q.split([n * length for n, length in layout])
-        sizes = [n * length for n, length in memory_layout]
+        parts = zip(
+            layout, masks, segments(q, layout), segments(k, memory_layout), segments(v, memory_layout)
+        )
         mixed = []
-        for (n, length), mask, query, *parts in zip(layout, masks, queries, k.split(sizes), v.split(sizes)):
+        for (n, length), mask, *heads in parts:
             if n * length == 0:
-                mixed.append(query)
+                mixed.append(heads[0])
                 continue
-            own, key, value = (part.unflatten(0, (n, -1)).transpose(1, 2) for part in (query, *parts))
-            out = attention(own, key, value, mask)
+            query, key, value = (part.unflatten(0, (n, -1)).transpose(1, 2) for part in heads)
+            out = attention(query, key, value, mask)
             mixed.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(mixed)
+        return joined(mixed)
 
 
 class Decoder(nn.Module):
@@ -164,21 +165,16 @@ class Decoder(nn.Module):
 def _join(first: Tensor, second: Tensor, layout: Layout, other: Layout) -> Tensor:
     """Each sequence of `first` (V, ...) followed by the same one of `second` (T, ...): (V + T, ...)."""
     parts = []
-    firsts = first.split([n * length for n, length in layout])
-    seconds = second.split([n * length for n, length in other])
-    for (n, _), one, two in zip(layout, firsts, seconds):
+    for (n, _), one, two in zip(layout, segments(first, layout), segments(second, other)):
         parts.append(torch.cat((one.unflatten(0, (n, -1)), two.unflatten(0, (n, -1))), 1).flatten(0, 1))
-    return torch.cat(parts)
+    return joined(parts)
 
 
 def _second(x: Tensor, layout: Layout, other: Layout) -> Tensor:
     """The second parts (T, ...) of what `_join` joined."""
-    parts = []
-    for part, (n, v), (_, p) in zip(
-        x.split([n * (v + p) for (n, v), (_, p) in zip(layout, other)]), layout, other
-    ):
-        parts.append(part.unflatten(0, (n, v + p))[:, v:].flatten(0, 1))
-    return torch.cat(parts)
+    whole = tuple((n, v + p) for (n, v), (_, p) in zip(layout, other))
+    parts = zip(segments(x, whole), whole, layout)
+    return joined([part.unflatten(0, shape)[:, v:].flatten(0, 1) for part, shape, (_, v) in parts])
 
 
 def _initialise(module: nn.Module) -> None:
