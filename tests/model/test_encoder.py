@@ -153,6 +153,35 @@ def test_translation_of_the_patient_changes_nothing_but_scale_does(registers: in
     assert (scaled - here).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("switches", [{}, {"registers": 2}])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("kind", ["volume", "slab", "planar"])
+def test_a_crop_gives_the_same_features_wherever_it_lies_in_the_volume(
+    kind: str, axes: tuple, switches: dict
+) -> None:
+    from model.patches import patchify, token_centres
+
+    encoder = build(**switches)
+    patch, grid = encoder.patch(kind), (1, 2, 3)
+    image = torch.randn(1, 1, *(g * p for g, p in zip(grid, patch)))
+    spacing = torch.tensor([[3.0, 0.7, 1.3]])
+    order, grids = torch.tensor([axes]), torch.tensor([grid])
+
+    def features(start: tuple[float, float, float], spacing: Tensor) -> Tensor:
+        centres = token_centres(grids, torch.tensor([start]), spacing, patch, order, capacity=6)
+        tokens = encoder.stem(kind, patchify(image, patch))
+        return encoder.trunk(tokens[0], centres[0], ((1, 6),))[0]
+
+    with torch.no_grad():
+        here = features((0.0, 0.0, 0.0), spacing)
+        there = features((512.0, 96.0, 320.0), spacing)
+        turned = features((0.0, 0.0, 0.0), spacing[:, [0, 2, 1]])
+        (maps,) = encoder(image, spacing, kind, axes=axes)
+    torch.testing.assert_close(maps.flatten(2)[0].T, here, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(there, here, rtol=2e-3, atol=2e-3)
+    assert (turned - here).abs().max() > 0.05
+
+
 def test_bf16_follows_fp32() -> None:
     encoder = build(**EVERYTHING)
     image, spacing = torch.randn(2, 1, 16, 24, 16), torch.tensor([[1.0, 1.0, 2.0]] * 2)

@@ -66,6 +66,32 @@ def test_patchify_order_and_inverse(grid: tuple, patch: tuple, channels: int) ->
     assert torch.equal(unpatchify(tokens, grid, patch, channels), image)
 
 
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize(
+    ("patch", "grid"), [((8, 8, 8), (2, 3, 1)), ((2, 16, 16), (3, 1, 2)), ((1, 16, 16), (1, 2, 3))]
+)
+@pytest.mark.parametrize("flip", [(True, False, False), (False, True, True), (True, True, True)])
+def test_a_flipped_anisotropic_volume_comes_back_exactly(
+    flip: tuple, patch: tuple, grid: tuple, axes: tuple
+) -> None:
+    """From patient order to the stem's, to tokens, flipped on the way, and back, each voxel its own value."""
+    size = [g * p for g, p in zip(grid, patch)]
+    stem = torch.from_numpy(np.random.default_rng(0).permutation(int(np.prod(size))).reshape(size))
+    patient = stem.permute(*np.argsort(axes)).to(torch.int16)  # stem axis i lies along patient axis axes[i]
+    crop = patient.permute(*axes)
+    assert torch.equal(crop, stem.to(torch.int16))
+    away = [axis for axis in range(3) if flip[axis]]
+    tokens = patchify(crop.flip(away)[None, None], patch)
+    back = unpatchify(tokens, grid, patch)[0, 0].flip(away).permute(*np.argsort(axes))
+    assert torch.equal(back, patient)
+    raw, inside = gather_patches(
+        crop.reshape(1, -1), torch.tensor([size]), torch.tensor([grid]), torch.ones(1, 3),
+        torch.tensor([flip]), patch, int(np.prod(grid)),
+    )  # fmt: skip
+    assert inside.all()
+    assert torch.equal(raw, tokens.float())
+
+
 def test_patchify_refuses_a_remainder() -> None:
     with pytest.raises(ValueError, match="multiple of patch"):
         patchify(torch.zeros(1, 1, 9, 8, 8), (8, 8, 8))

@@ -29,15 +29,16 @@ def test_the_rule_in_numbers() -> None:
     grid=st.tuples(*[st.integers(1, 4)] * 3),
     spacing=st.tuples(*[st.floats(0.3, 6.0)] * 3),
     start=st.tuples(*[st.floats(0, 400)] * 3),
-    patch=st.sampled_from([(8, 8, 8), (2, 16, 16)]),
+    patch=st.sampled_from([(8, 8, 8), (2, 16, 16), (1, 16, 16)]),
+    axes=st.permutations([0, 1, 2]),
 )
 @settings(max_examples=40, deadline=None)
 def test_half_the_spacing_gives_eight_centres_around_each(
-    grid: tuple, spacing: tuple, start: tuple, patch: tuple
+    grid: tuple, spacing: tuple, start: tuple, patch: tuple, axes: list
 ) -> None:
-    coarse = centres(grid, start, spacing, patch).view(*grid, 3)
+    coarse = centres(grid, start, spacing, patch, tuple(axes)).view(*grid, 3)
     double = tuple(2 * g for g in grid)
-    fine = centres(double, start, tuple(s / 2 for s in spacing), patch)
+    fine = centres(double, start, tuple(s / 2 for s in spacing), patch, tuple(axes))
     z, y, x = grid
     mean = fine.view(z, 2, y, 2, x, 2, 3).mean((1, 3, 5))
     torch.testing.assert_close(mean, coarse, rtol=1e-5, atol=1e-3)
