@@ -490,5 +490,6 @@ def test_following_a_run_that_trains_through_a_kill_and_an_interrupt(
     assert {update: scores[update] for update in (4, 8)} == in_loop(trained)
 
     (run / "verdict.json").write_text(verdict)
-    last = ended(medfm("probe", "--follow", str(run)))
-    assert "the run is finished at update 8; 0 checkpoints scored" in last
+    last = Follower(run)
+    assert last.follow().update == 8
+    assert last.scored == 0
