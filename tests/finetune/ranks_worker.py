@@ -74,6 +74,6 @@ if __name__ == "__main__":
     for stage in range(3):
         settings = EngineConfig(
             updates=6, lr=3e-3, warmup=0, precision="fp32", zero_stage=stage, threads=1, log_every=1,
-            device="cpu", evaluate_every=2, hang_minutes=float(sys.argv[2]),
+            device="cpu", evaluate_every=2, evaluate_share=1.0, hang_minutes=float(sys.argv[2]),
         )  # fmt: skip
         train(Task(), settings, Path(sys.argv[1]) / f"zero-{stage}")
