@@ -55,7 +55,7 @@ def held_out(run: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, value in scores.items():
         modality, _, kind = name.partition("_")
-        if kind != "crops":
+        if "@" not in name and kind in ("", "mean", "interpolation"):
             found.setdefault(modality, {})[kind or "loss"] = value
     return found
 

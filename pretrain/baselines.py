@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pretrain.mae import crop_error
 from pretrain.tokens import Tokens
 
 BANDWIDTH = 0.8  # of the Gaussian weights, in distances to the nearest visible patch
@@ -61,11 +60,3 @@ def _interpolated(tokens: Tokens) -> Tensor:
     low = torch.where(usable, means, torch.inf).amin().nan_to_num(0.0, 0.0, 0.0)
     high = torch.where(usable, means, -torch.inf).amax().nan_to_num(0.0, 0.0, 0.0)
     return (plane[:, :1] + slopes @ tokens.voxel_offsets.T).clamp(low, high)
-
-
-def baseline_errors(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Mean squared errors (n,) of `visible_mean` and of `interpolation` over each crop's scored voxels."""
-    return (
-        crop_error(visible_mean(tokens), tokens.target, tokens.scored),
-        crop_error(interpolation(tokens), tokens.target, tokens.scored),
-    )

@@ -136,10 +136,13 @@ class HeldOut:
         here = (block.weight > 0) & has_scored.cpu()
         rows = block.number[here]
         if not bool(self._known[number, rows].all()):
-            mean = torch.zeros_like(target[..., :1]) if self.objective.norm_pix else visible_mean(tokens)
-            errors = [_errors(mean, target, tokens.scored, content)]
-            if not self.objective.norm_pix:
-                errors.append(_errors(interpolation(tokens), target, tokens.scored, content))
+            # Predicting each patch's own mean is predicting 0 of a normalised patch.
+            predictions = (
+                [torch.zeros_like(target[..., :1])]
+                if self.objective.norm_pix
+                else [visible_mean(tokens), interpolation(tokens)]
+            )
+            errors = [_errors(guess, target, tokens.scored, content) for guess in predictions]
             found = torch.cat(errors, dim=1).cpu()[here].double()
             self._baselines[number, rows, : found.shape[1]] = found
             self._known[number, rows] = True

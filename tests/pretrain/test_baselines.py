@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.baselines import baseline_errors, interpolation, visible_mean
+from pretrain.baselines import interpolation, visible_mean
+from pretrain.mae import crop_error
 from pretrain.tokens import tokenise
 
 CASES = [
@@ -23,6 +24,11 @@ def tokens_of(hand: Any, crop: Any, geometry: str, **changes: Any) -> Any:
     return tokenise(next(iter(batch.values())), model.encoder.patch(geometry))
 
 
+def errors_of(tokens: Any) -> list[torch.Tensor]:
+    """Errors (n,) of the visible mean and of the interpolation."""
+    return [crop_error(p(tokens), tokens.target, tokens.scored) for p in (visible_mean, interpolation)]
+
+
 @pytest.mark.parametrize(("geometry", "shape", "axes", "spacing"), CASES)
 def test_interpolation_follows_a_ramp_in_any_orientation(
     geometry: str, shape: Any, axes: Any, spacing: Any, hand: Any
@@ -33,7 +39,7 @@ def test_interpolation_follows_a_ramp_in_any_orientation(
         along = (np.arange(shape[axis]) + 0.5) * spacing[axis] * slope
         ramp += along.reshape([-1 if a == axis else 1 for a in range(3)])
     crop.voxels = np.round(1000 + ramp).astype(np.int16)
-    mean, interpolated = baseline_errors(tokens_of(hand, crop, geometry))
+    mean, interpolated = errors_of(tokens_of(hand, crop, geometry))
     assert float(interpolated) < 0.1 * float(mean)
 
 
@@ -64,14 +70,14 @@ def test_baselines_see_visible_tokens_only_and_are_finite(hand: Any) -> None:
     assert not torch.equal(tokens.target, changed.target)
     for lonely in (hand.crop("volume", (8, 8, 16)), hand.crop("volume", (8, 8, 8), invalid=1.0)):
         few = tokens_of(hand, lonely, "volume")
-        assert bool(torch.stack(baseline_errors(few)).isfinite().all())
+        assert bool(torch.stack(errors_of(few)).isfinite().all())
 
 
 def test_interpolation_beats_the_mean_on_smooth_images_and_not_on_noise(hand: Any) -> None:
     crop = hand.crop("volume", (32, 40, 24))
-    mean, interpolated = baseline_errors(tokens_of(hand, crop, "volume"))
+    mean, interpolated = errors_of(tokens_of(hand, crop, "volume"))
     assert float(interpolated) > float(mean)
     z, y, x = np.meshgrid(*(np.linspace(0, 2.5, n) for n in crop.voxels.shape), indexing="ij")
     crop.voxels = (1000 + 500 * np.sin(z) * np.cos(y + x)).astype(np.int16)
-    mean, interpolated = baseline_errors(tokens_of(hand, crop, "volume"))
+    mean, interpolated = errors_of(tokens_of(hand, crop, "volume"))
     assert float(interpolated) < 0.6 * float(mean)
