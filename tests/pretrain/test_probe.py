@@ -124,6 +124,22 @@ def test_the_choice_survives_growth_and_keeps_subjects_apart(labelled: Path, pro
     assert not taught & {str(manifest.value(row, "subject")) for rows in again.values() for row in rows}
 
 
+def test_nobody_is_both_learnt_from_and_scored(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.open(labelled)
+    rows = [manifest.row(i) for i in range(len(manifest))]
+    twice = {row["subject"] for row in rows if row["split"] == "val"}.pop()
+    for row in rows:
+        row["subject"] = twice if row["split"] == "train" else row["subject"]
+    other = Manifest.of(labelled, manifest_bytes(rows), manifest.info)
+    monkeypatch.setattr(Manifest, "open", lambda root: other)
+    probe = Probe(config_of(labelled), ENCODER)
+    for places in probe.tasks.values():
+        assert {probe.images[n].subject for n in places.shots} == {twice}
+        assert all(probe.images[n].subject != twice for n in places.cases)
+    # Of the four images of each source in val; a subject of one source is not one of the other.
+    assert sorted(len(places.cases) for places in probe.tasks.values()) == [2, 3]
+
+
 def test_labels_made_by_a_model_and_images_without_labels_are_left_out(labelled: Path) -> None:
     manifest = Manifest.open(labelled)
     rows = [manifest.row(i) for i in range(len(manifest))]
