@@ -9,8 +9,9 @@ from torch import Tensor
 
 ROUNDING = 2.0**-8  # spacing of bfloat16 numbers near 1: less is no difference between tokens
 
-# Limits of the alarms, outside what healthy encoders show: of the ones tried, rank is 20 to 60 % of the
-# width, cosine below 0.5, and the mean entropy of a trained block between 0.4 and 0.9.
+# Limits of the alarms, far from what healthy encoders show: on real scans a fresh and a pretrained encoder of
+# width 192 had ranks of 56 and 27 % of it and cosines of 0.05 and 0.38; the trained heads' entropies lay
+# between 0.62 and 0.83.
 LOW_RANK = 0.05  # share of the width
 FALL = 3.0  # times smaller than at the last score; a fresh encoder's rank halves as it learns
 SAME = 0.99  # mean cosine between tokens
