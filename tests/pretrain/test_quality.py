@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.recipe import load_recipe
 from launch.cli import main
 from pretrain.batch import MODALITIES, Collate
-from pretrain.evaluate import CONSTANT, constant
+from pretrain.evaluate import CONSTANT, _means, constant
 from pretrain.follow import Follower, Record
 from pretrain.held_out_table import describe, lines_of
 from pretrain.mae import MaskedAutoencoder
@@ -235,6 +235,16 @@ def test_figures_are_those_of_a_slow_reference(recipe_file: Path) -> None:
                     assert scores[f"val/{name}{part}_share"] == scores[f"val/{name}{part}"] / under
     assert scores["val/CT_content"] != scores["val/CT"]
     assert scores["val/CT_content_mean"] > scores["val/CT_content_interpolation"]
+
+
+def test_a_crop_of_air_alone_counts_in_the_loss_and_not_in_that_of_content() -> None:
+    # modality, has content, then (all, content) of network, mean and interpolation
+    rows = torch.tensor([[1.0, 1.0, 2.0, 4.0, 3.0, 5.0, 4.0, 8.0], [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0]])
+    found = _means(rows)
+    assert (found[""], found["_share"], found["_crops"]) == (1.5, 0.5, 2.0)
+    assert (found["_content"], found["_content_mean"], found["_content_share"]) == (4.0, 5.0, 0.5)
+    assert found["_content_crops"] == 1.0
+    assert "_content" not in _means(rows[1:])
 
 
 def test_baselines_are_solved_once_and_scores_repeat(
