@@ -8,9 +8,9 @@ The model knows matrix products only (`pretrain/cost.py`) and runs them all at o
 row of the table reached; `× model` is the measured time over that prediction, so it is 1 at best. Rows are
 measured in interleaved rounds; medians are reported.
 
-Then what is left beyond the model is explained by a fit with non-negative weights over the rows: products of
-linear layers, attention's products, bytes of activations that other operations stream, weights (casts,
-gradients, AdamW), and a constant a step. The sentences at the end are computed from it.
+Then the times are explained by a fit with non-negative weights over the rows: products of linear layers (with
+them what else is done to each token, which grows alike), attention's products, weights (casts, gradients,
+AdamW), and a constant a step. The sentences at the end are computed from it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pretrain.cost import crop_flops  # noqa: E402
 from pretrain.masking import places  # noqa: E402
 from pretrain.objective import ObjectiveConfig  # noqa: E402
 
-TERMS = ("linear layers", "attention", "streamed activations", "weights", "constant")
+TERMS = ("linear layers", "attention", "weights", "constant")
 
 
 class Row(NamedTuple):
@@ -84,10 +84,9 @@ def parts(setting: Setting) -> tuple[float, list[float]]:
     whole = visible + predicted
     attention = 3 * 4 * (depth * visible**2 * width + decoder_depth * whole**2 * decoder_width)
     flops = crop_flops(encoder, objective, "volume", setting.tokens)
-    streamed = depth * visible * width + decoder_depth * whole * decoder_width
     weights = parameter_count(encoder) + decoder_depth * 12 * decoder_width**2
     n = setting.batch
-    terms = [n * (flops - attention), n * attention, n * streamed, weights, 1e9]
+    terms = [n * (flops - attention), n * attention, weights, 1e9]
     return float(n * flops), [term / 1e9 for term in terms]
 
 
@@ -177,7 +176,7 @@ def main() -> None:
         f"Largest rate {rate / 1e9:.0f} GFLOP/s, {rate / matmul:.0%} of a 4096³ bf16 matrix product; load "
         f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n\n"
         f"{'varied':11}{'size':7}{'tokens':>7}{'batch':>6}{'mask':>6}{'GFLOP':>8}{'s/step':>9}"
-        f"{'model, s':>10}{'× model':>9}  by the fit: linear, attention, streamed, weights, constant"
+        f"{'model, s':>10}{'× model':>9}  by the fit: linear, attention, weights, constant"
     )
     lines: list[dict[str, Any]] = []
     for row, work, took, should, over, share in zip(table, flops, seconds, predicted, beyond, shares):
