@@ -49,7 +49,7 @@ def crops(draw: st.DrawFn) -> tuple[np.ndarray, Any, Any, Any, Any]:
     return voxels, grid, residual, tuple(draw(st.booleans()) for _ in range(3)), patch
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(crops(), st.booleans())
 def test_worker_and_device_find_the_same_tokens(crop: Any, neighbour_is_resampled: bool) -> None:
     found = valid_tokens(*crop)
