@@ -13,7 +13,10 @@ from model.config import SIZES, EncoderConfig
 from model.encoder import Encoder
 from model.errors import UserError
 
-EVERYTHING = {"registers": 2, "class_token": True, "qk_norm": True, "swiglu": True, "layer_scale": 0.5}
+EVERYTHING = {
+    "registers": 2, "class_token": True, "qk_norm": True, "swiglu": True, "layer_scale": 0.5,
+    "rotary_wavelengths": (5.0, 700.0),
+}  # fmt: skip
 SWITCHES = [{}, EVERYTHING, {"rotary": "off", "registers": 1}]
 
 

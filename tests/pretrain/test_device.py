@@ -92,6 +92,33 @@ def test_recomputing_the_blocks_changes_no_gradient(decoder: str, hand: Any) -> 
     assert all(torch.equal(*pair) for pair in zip(*found))
 
 
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_bf16_gives_the_gradients_of_float32_to_rounding(decoder: str, hand: Any) -> None:
+    """Through the CPU's own attention: recomputed or not the same bits, without gradients the same loss."""
+    model, batch = mixed(hand, decoder=decoder, encoder=MIXED)
+    with torch.no_grad():
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
+            for parameter in block.parameters():
+                parameter.mul_(3 if parameter.ndim > 1 else 1)  # attention that is not uniform
+
+    def gradients(on: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = model(batch)[0]
+        loss.backward()
+        return loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    _, exact = gradients(False)
+    loss, kept = gradients(True)
+    assert (kept - exact).norm() < 0.05 * exact.norm()
+    model.set_checkpointing(True)
+    again, recomputed = gradients(True)
+    assert torch.equal(loss, again)
+    assert torch.equal(kept, recomputed)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(batch)[0], loss)
+
+
 def compiled(parts: Any) -> Any:
     """Compile these modules as the engine does; returns the counter of graphs."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -61,6 +61,12 @@ def test_masks_split_the_valid_tokens_and_fit_their_places(
     assert len(target) <= most_predicted
 
 
+def test_there_are_no_more_places_than_a_full_crop_fills() -> None:
+    """A place costs what a token costs: the encoder's are for visible tokens only."""
+    assert places(64, ObjectiveConfig()) == (16, 48)
+    assert places(100, ObjectiveConfig(mask_ratio=(0.5, 0.9), predict_share=0.5)) == (50, 45)
+
+
 def test_the_order_of_tokens_does_not_depend_on_which_are_valid() -> None:
     grid, objective = (3, 4, 5), ObjectiveConfig(mask_ratio=0.5)
     every = np.concatenate(draw_mask(0, 7, grid, np.ones(60, bool), objective))

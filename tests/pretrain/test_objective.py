@@ -4,6 +4,7 @@ on.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from data_pipeline.geometry import PATCH
 from data_pipeline.rng import rng
-from pretrain.batch import MODALITIES
+from pretrain.batch import MODALITIES, Collate
 
 
 def reference(crop: Any, block: Any, slot: int, result: Any, ratio: float) -> float:
@@ -122,6 +123,41 @@ def test_predictions_see_visible_tokens_and_nothing_of_masked_ones(hand: Any) ->
     assert not torch.allclose(after.prediction, before.prediction)
 
 
+def test_nothing_is_computed_for_masked_tokens_in_the_encoder(hand: Any) -> None:
+    crops = [hand.crop("volume", (32, 32, 32), slot=0), hand.crop("planar", (1, 64, 80), index=1, spec=1)]
+    model, batch = hand.build([hand.spec("volume", 2, 1, 128), hand.spec("planar", 1, 1, 20)], crops)
+    rows: dict[str, int] = {}
+    for name, module in model.encoder.named_modules():
+        if name.startswith(("stems.", "blocks.")):
+            module.register_forward_hook(lambda _, args, __, name=name: rows.update({name: len(args[0])}))
+    model(batch)
+    assert rows.pop("stems.volume") == 2 * 16  # a quarter of the slots
+    assert rows.pop("stems.slab") == 0
+    assert rows.pop("stems.planar") == 5
+    assert len(rows) > 2 * 4
+    assert max(rows.values()) == 2 * 16 + 5
+
+
+def test_voxels_held_as_float32_give_the_same_tokens_and_loss(hand: Any) -> None:
+    specs = [hand.spec("volume", 2, 1, 100), hand.spec("slab", 1, 1, 40)]
+    crops = [
+        hand.crop("volume", (20, 29, 13), invalid=0.3, residual=(0.7, 1.3, 1.1)),
+        hand.crop("volume", (24, 17, 20), index=1, slot=1, invalid=0.2),
+        hand.crop("slab", (5, 40, 30), index=2, spec=1, modality="MR", invalid=0.1),
+    ]
+    crops[1].voxels[:, :, :14] = INVALID  # whole tokens of nothing
+    model, narrow = hand.build(specs, crops)
+    wide = Collate(specs, model.objective, model.encoder.depth, 0, dtype="float32")(0, 0, crops)
+    assert wide["volume-2"].voxels.dtype == torch.float32
+    assert int(wide["volume-2"].valid[1]) < math.prod(crops[1].draw.grid)
+    for one, two in zip(model.reconstruct(narrow), model.reconstruct(wide), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one.tokens, two.tokens))
+        assert torch.equal(one.crop_loss, two.crop_loss)
+    crops[0].voxels = crops[0].voxels.astype(np.float32)
+    with pytest.raises(ValueError, match="float32 crop in a run of int16"):
+        hand.build(specs, crops)
+
+
 def encoded(model: Any, batch: Any) -> torch.Tensor:
     """The encoder's features (n, v, D) of the first row block."""
     found = []
@@ -138,8 +174,8 @@ def test_a_crop_does_not_depend_on_neighbours_padding_or_row_class(
     decoder: str, ratio: Any, hand: Any
 ) -> None:
     changes: Any = {
-        "decoder": decoder, "decoder_depth": 2, "mask_ratio": ratio, "encoder": {"registers": 2},
-        "gradient_weight": 0.5,
+        "decoder": decoder, "decoder_depth": 2, "mask_ratio": ratio, "gradient_weight": 0.5,
+        "encoder": {"registers": 2, "drop_path": 0.5},
     }  # fmt: skip
     crop = hand.crop("volume", (20, 30, 18), index=5, invalid=0.1)
     model, alone = hand.build([hand.spec("volume", 1, 1, 40)], [crop], **changes)
@@ -151,6 +187,8 @@ def test_a_crop_does_not_depend_on_neighbours_padding_or_row_class(
     ]
     specs = [hand.spec("volume", 4, 1, 400), hand.spec("slab", 1, 1, 64)]
     _, crowd = hand.build(specs, [moved, *others], **changes)
+    for drawn in ("flip", "tone", "drop"):
+        assert torch.equal(getattr(alone["volume-1"], drawn)[0], getattr(crowd["volume-4"], drawn)[2])
     with torch.no_grad():
         first, second = model.reconstruct(alone)[0], model.reconstruct(crowd)[0]
         features = encoded(model, alone)[0], encoded(model, crowd)[2]

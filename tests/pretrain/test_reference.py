@@ -327,6 +327,7 @@ def compare(model: Any, batch: Any, crops: list[Any], kinds: list[str], *, drop:
 CASES: dict[str, dict[str, Any]] = {
     "defaults, one block": {},
     "two blocks, low ratio": {"decoder_depth": 2, "mask_ratio": 0.5},
+    "other wavelengths": {"encoder": {"rotary_wavelengths": (5.0, 300.0)}},
     "cross": {"decoder": "cross", "decoder_depth": 2},
     "ranged ratio, share": {"mask_ratio": (0.3, 0.9), "predict_share": 0.4},
     "ranged ratio, cross": {"mask_ratio": (0.5, 0.9), "decoder": "cross", "predict_share": 0.5},
