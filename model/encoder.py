@@ -63,8 +63,8 @@ class Encoder(nn.Module):
     """Plain ViT that sees volumes, thick-slice slabs and radiographs through three stems (see
     `EncoderConfig`).
 
-    Training calls `stem`, `trunk` and `zero_touch` on packed tokens; everybody else calls the module on an
-    image. Attributes: `config`; `width`, `depth`, `heads`; `drop_rates` drop-path rate of each block; `plan`
+    Pretraining calls `stem` and `trunk` on packed tokens; everybody else calls the module on an image.
+    Attributes: `config`; `width`, `depth`, `heads`; `drop_rates` drop-path rate of each block; `plan`
     and `load_report`, set by `load_encoder`.
     """
 
@@ -133,21 +133,6 @@ class Encoder(nn.Module):
             index, _ = token_index(grid, patches.shape[1] if tokens is None else tokens)
             x = x + self.positions(index, grid)
         return x
-
-    def zero_touch(self) -> Tensor:
-        """Scalar 0 that every stem took part in through an input of no rows; add it to the loss on every
-        rank.
-
-        Gradients of unused stems then exist and are zero, and collectives do not depend on what a rank drew.
-        """
-        device = self.norm.weight.device
-        total = torch.zeros((), device=device)
-        none = torch.zeros((0, 3), dtype=torch.int64, device=device)
-        for kind in self.config.patch:
-            layer = cast(nn.Linear, self.stems[kind])
-            rows = torch.zeros((0, 1, layer.in_features), device=device, dtype=layer.weight.dtype)
-            total = total + self.stem(kind, rows, none).float().sum()
-        return total
 
     def trunk(
         self,

@@ -167,7 +167,6 @@ def token_centres(
     spacing: Tensor,
     patch: Sequence[int],
     axes: Tensor,
-    flip: Tensor | None = None,
     capacity: int | None = None,
     *,
     tokens: Tensor | None = None,
@@ -179,12 +178,10 @@ def token_centres(
     spacing a coarse centre is therefore the mean of its 2 x 2 x 2 fine centres.
 
     grid (n, 3) int, start_mm (n, 3) corner of output voxel 0, spacing (n, 3) mm of an output voxel, patch:
-    all in stem axis order. axes: (n, 3) int, stem axis i lies along patient axis axes[:, i]. flip has no
-    effect: a flip is an augmentation that mirrors the content, and the centres stay the regular grid of the
-    patient axes, so that a flipped crop is a mirrored patient. tokens: (n, m) as in `gather_patches`. Returns
-    float32 (n, capacity or m, 3); past the grid, the last centre.
+    all in stem axis order. axes: (n, 3) int, stem axis i lies along patient axis axes[:, i]. tokens: (n, m)
+    as in `gather_patches`. A flip mirrors the content and leaves the centres alone: a flipped crop is a
+    mirrored patient. Returns float32 (n, capacity or m, 3); past the grid, the last centre.
     """
-    del flip
     which = tokens if tokens is not None else int(grid.prod(1).max()) if capacity is None else capacity
     index, _ = token_index(grid, which)
     size = constant(patch, grid.device, torch.float64)

@@ -38,7 +38,6 @@ class Tokens(NamedTuple):
     target_ids: Tensor  # (n, p) int64
     predicted: Tensor  # (n, p) bool: a predicted token stands here
     voxel_offsets: Tensor  # (n, P, 3) float32: voxel centres from their token's centre, mm, patient z, y, x
-    valid: Tensor  # (n,) int64: valid tokens of the crop
 
 
 class Tokeniser(nn.Module):
@@ -78,7 +77,6 @@ def tokenise(block: RowBlock, patch: Patch) -> Tokens:
         target_ids=block.target_ids,
         predicted=predicted,
         voxel_offsets=voxel_offsets(block, patch),
-        valid=block.valid,
     )
 
 

@@ -257,22 +257,6 @@ def test_checkpointing_gives_the_same_gradients(switches: dict) -> None:
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_touch_gives_every_parameter_a_gradient(dtype: torch.dtype) -> None:
-    encoder = build(**EVERYTHING, learned_positions=(2, 2, 2)).to(dtype).train()
-    grid = torch.ones(1, 3, dtype=torch.int64)
-    tokens = encoder.stem("planar", torch.randn(1, 1, 256), grid)
-    out = encoder.trunk(tokens[0], torch.zeros(1, 3), ((1, 1),))[0]
-    touched = encoder.zero_touch()
-    assert touched.item() == 0
-    (out.float().square().sum() + touched).backward()
-    for name, parameter in encoder.named_parameters():
-        assert parameter.grad is not None, name
-        if "stems.volume" in name or "stems.slab" in name:
-            assert parameter.grad.count_nonzero() == 0, name
-    assert encoder.stems["planar"].weight.grad.count_nonzero() > 0
-
-
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize(
     ("geometry", "size"), [("volume", (16, 11, 20)), ("slab", (3, 20, 33)), ("planar", (1, 40, 17))]
@@ -305,7 +289,7 @@ def test_the_image_path_is_the_packed_path() -> None:
         (maps,) = encoder(image, spacing)
         tokens = encoder.stem("volume", patchify(image, (8, 8, 8)))
         axes = torch.tensor([[0, 1, 2]] * 2)
-        centres = token_centres(grid, torch.full((2, 3), 40.0), spacing, (8, 8, 8), axes, None, 6)
+        centres = token_centres(grid, torch.full((2, 3), 40.0), spacing, (8, 8, 8), axes, 6)
         strangers = torch.randn(30, 96)
         (flat,) = encoder.trunk(
             torch.cat((strangers, tokens.flatten(0, 1))), torch.cat((torch.rand(30, 3), centres.flatten(0,

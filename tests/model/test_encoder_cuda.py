@@ -35,7 +35,7 @@ def test_from_stored_voxels_to_features() -> None:
         x = normalise(raw, norm.to(device), inside)
         ones = torch.ones(2, 3, device=device)
         axes = torch.tensor([[0, 1, 2]] * 2, device=device)
-        centres = token_centres(moved[2], 0 * ones, ones, (8, 8, 8), axes, None, 24)
+        centres = token_centres(moved[2], 0 * ones, ones, (8, 8, 8), axes, 24)
         encoder.to(device)
         with torch.no_grad():
             tokens = encoder.stem("volume", x).flatten(0, 1)

@@ -10,7 +10,7 @@ import torch
 
 from pretrain.baselines import interpolation, visible_mean
 from pretrain.mae import crop_error
-from pretrain.tokens import tokenise
+from pretrain.tokens import tokenise, voxel_offsets
 
 CASES = [
     ("volume", (32, 40, 24), (0, 1, 2), (1.0, 1.5, 2.0)),
@@ -81,3 +81,16 @@ def test_interpolation_beats_the_mean_on_smooth_images_and_not_on_noise(hand: An
     crop.voxels = (1000 + 500 * np.sin(z) * np.cos(y + x)).astype(np.int16)
     mean, interpolated = errors_of(tokens_of(hand, crop, "volume"))
     assert float(interpolated) < 0.6 * float(mean)
+
+
+def test_voxel_offsets_are_in_mm_along_the_patient_axes(hand: Any) -> None:
+    axes, spacing, patch = (2, 0, 1), (5.0, 0.7, 0.9), (2, 16, 16)
+    crop = hand.crop("slab", (4, 32, 48), axes=axes, spacing=spacing)
+    _, batch = hand.build([hand.spec("slab", 1, 1, 96)], [crop])
+    expected = np.zeros((512, 3))
+    for number, place in enumerate(np.ndindex(*patch)):
+        for stem_axis, patient_axis in enumerate(axes):
+            middle = (patch[stem_axis] - 1) / 2
+            expected[number, patient_axis] = (place[stem_axis] - middle) * spacing[stem_axis]
+    found = voxel_offsets(batch["slab-1"], patch)[0]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)

@@ -50,7 +50,7 @@ def reference(crop: Any, block: Any, slot: int, result: Any, ratio: float) -> fl
     valid = [t for t in order if cut(there, t).any()]
     hidden = min(int(np.floor(len(valid) * ratio + 0.5)), len(valid) - 1)
     masked = valid[len(valid) - hidden :]
-    assert int(result.tokens.valid[slot]) == len(valid)
+    assert int(block.valid[slot]) == len(valid)
     seen = result.tokens.visible_ids[slot][result.tokens.attend[slot]].tolist()
     assert seen == valid[: len(valid) - hidden]
     asked = result.tokens.predicted[slot]
