@@ -13,7 +13,8 @@ import torch
 
 from data_pipeline.geometry import PATCH
 from data_pipeline.rng import rng
-from pretrain.batch import MODALITIES, Collate
+from pretrain.batch import MODALITIES, Collate, draw_tone
+from pretrain.objective import AugmentConfig
 
 
 def reference(crop: Any, block: Any, slot: int, result: Any, ratio: float) -> float:
@@ -202,12 +203,63 @@ def test_a_crop_does_not_depend_on_neighbours_padding_or_row_class(
 def test_the_loss_of_an_update_is_the_sum_of_its_shares(hand: Any) -> None:
     crops = [hand.crop("volume", (16, 24, 24), index=i, slot=i, seed=i) for i in range(4)]
     model, whole = hand.build([hand.spec("volume", 4, 1, 128)], crops, crops_per_update=4)
-    parts = []
-    for chosen in (crops[:2], crops[2:], []):
-        batch = hand.build([hand.spec("volume", 4, 1, 128)], chosen, crops_per_update=4)[1]
-        parts.append(float(model(batch)[0]))
+    parts, measured = [], []
+    with torch.no_grad():
+        for chosen in (crops[:2], crops[2:], []):
+            batch = hand.build([hand.spec("volume", 4, 1, 128)], chosen, crops_per_update=4)[1]
+            loss, metrics = model(batch)
+            parts.append(float(loss))
+            measured.append(metrics)
+        total, expected = model(whole)
     assert parts[2] == 0.0
-    assert sum(parts) == pytest.approx(float(model(whole)[0]), rel=1e-6)
+    assert sum(parts) == pytest.approx(float(total), rel=1e-6)
+    for name, pair in expected.items():
+        for place, value in enumerate(pair):
+            found = sum(float(metrics[name][place]) for metrics in measured)
+            assert found == pytest.approx(float(value), rel=1e-6), name
+
+
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_the_order_of_the_row_blocks_changes_nothing(decoder: str, hand: Any) -> None:
+    """Blocks of one geometry need not stand together, nor in the order of the stems."""
+    specs = {
+        "volume-2": hand.spec("volume", 2, 1, 64), "slab-1": hand.spec("slab", 1, 1, 40),
+        "planar-1": hand.spec("planar", 1, 1, 20), "volume-1": hand.spec("volume", 1, 1, 64),
+    }  # fmt: skip
+    crops = {
+        "volume-2": hand.crop("volume", (24, 30, 15), index=0, slot=1),
+        "slab-1": hand.crop("slab", (6, 40, 33), index=1, modality="MR", axes=(2, 0, 1)),
+        "planar-1": hand.crop("planar", (1, 60, 70), index=2, modality="XR"),
+        "volume-1": hand.crop("volume", (20, 30, 40), index=3, modality="PT"),
+    }
+    found = []
+    for names in (list(specs), ["planar-1", "volume-1", "slab-1", "volume-2"]):
+        for number, name in enumerate(names):
+            crops[name].draw.spec = number
+        changes: Any = {"decoder": decoder, "encoder": {"drop_path": 0.5, "learned_positions": (2, 3, 4)}}
+        model, batch = hand.build([specs[name] for name in names], list(crops.values()), **changes)
+        assert list(batch) == names
+        with torch.no_grad():
+            found.append(dict(zip(names, model(batch, reconstruct=True), strict=True)))
+    for name, one in found[0].items():
+        other = found[1][name]
+        assert torch.equal(one.tokens.target, other.tokens.target)
+        torch.testing.assert_close(one.prediction, other.prediction, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.crop_loss, other.crop_loss, rtol=1e-5, atol=0)
+
+
+def test_the_tone_curve_bends_only_where_units_are_arbitrary() -> None:
+    config = AugmentConfig()
+    for index in range(20):
+        for modality in MODALITIES:
+            gain, shift, exponent = draw_tone(0, index, modality, config)
+            assert abs(gain - 1) <= config.gain
+            assert abs(shift) <= config.shift
+            assert (exponent != 1.0) == (modality in ("MR", "XR"))
+            assert abs(math.log(exponent)) <= config.gamma
+    assert draw_tone(0, 1, "MR", config) != draw_tone(0, 2, "MR", config)
+    still = AugmentConfig(gain=0.0, shift=0.0, gamma=0.0)
+    assert draw_tone(0, 1, "MR", still) == (1.0, 0.0, 1.0)
 
 
 def test_crops_without_anything_valid_or_masked_stay_finite(hand: Any) -> None:
