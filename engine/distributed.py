@@ -136,10 +136,13 @@ def seed_process(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def untouched_generators() -> Iterator[None]:
-    """Give the process its random state back afterwards."""
+def untouched_generators(device: torch.device) -> Iterator[None]:
+    """Give the process its random state back afterwards.
+
+    device: this process's; left to itself PyTorch would open a context on every GPU of the machine.
+    """
     python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
     random.setstate(python)
     np.random.set_state(numpy_state)  # noqa: NPY002

@@ -67,7 +67,7 @@ class Evaluation:
         self.engine.eval()
         with (
             whole_model(self.engine, config.zero_stage),
-            untouched_generators(),
+            untouched_generators(world.device),
             self.compilation.paused(),
             torch.no_grad(),
             autocast,

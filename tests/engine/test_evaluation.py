@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine import evaluation
 from engine.compilation import Compilation
-from engine.distributed import World, join
+from engine.distributed import World, join, seed_process
 from engine.evaluation import Evaluation
 from engine.recipe import EngineConfig
 
@@ -89,3 +91,25 @@ def test_one_in_fifty_seconds_at_two_percent(world: World, tmp_path: Path) -> No
     done, said = evaluated(world, 0.02, [1.0], [0.1])
     assert [update for update, _, _ in done] == [2, 10, 16, 20, 26, 30, 36, 40]
     assert said[0].endswith("with it they would take 4.8% of the time (engine.evaluate_share 0.02)")
+
+
+def test_generators_go_on_as_if_nothing_had_been_drawn(world: World) -> None:
+    def draw(*_: Any) -> dict[str, float]:
+        return {"x": float(torch.rand(3).sum() + np.random.rand(3).sum() + random.random())}  # noqa: NPY002
+
+    model = torch.nn.Linear(1, 1).train()
+    task: Any = SimpleNamespace(model=model, evaluate=draw, pictures=draw)
+    scores: list[Any] = []
+    logs: Any = SimpleNamespace(
+        writer=None, say=lambda text: None, scalars=lambda *values, **_: scores.append(values)
+    )
+    config = EngineConfig(updates=2, evaluate_every=1, evaluate_share=1.0)
+    schedule = Evaluation(task, config, world, model, logs, Compilation(model, config, world.device))
+    schedule.run_if_due(1)
+    seed_process(5)
+    before = draw()
+    seed_process(5)
+    schedule.run_if_due(2)
+    assert draw() == before
+    assert [values for _, values in scores] == [scores[0][1]] * 2  # and its own draws are always the same
+    assert model.training
