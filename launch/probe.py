@@ -88,7 +88,7 @@ def _probe_network(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     from pretrain.quality import Quality
     from pretrain.stored import Gone, read_network, recipe_of
 
-    recipe = with_labelled(recipe_of(run), args.labelled or "")
+    recipe = with_labelled(recipe_of(run), args.labelled or "", print)
     data = recipe.data.model_copy(update={"root": args.data or recipe.data.root})
     if args.split:
         data = data.model_copy(update={"held_out": args.split})

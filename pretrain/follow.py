@@ -20,6 +20,7 @@ import torch
 
 from data_pipeline.manifest import Manifest
 from engine.errors import UserError
+from engine.logs import tag
 from engine.verdict import Verdict, read_attempt, read_verdict, write_text
 from pretrain.pictures import save
 from pretrain.quality import Quality
@@ -154,7 +155,7 @@ class Follower:
         if not found:
             return False
         if self._recipe is None:  # which is there before any checkpoint is
-            self._recipe = with_labelled(recipe_of(self.run), self.labelled)
+            self._recipe = with_labelled(recipe_of(self.run), self.labelled, self.say)
         folder, mark = next(iter(found.items()))
         done = [row for row in record.rows if row["labelled"] == self._recipe.probes.data]
         if any(row["complete"] == mark for row in done):
@@ -197,7 +198,7 @@ class Follower:
 
             self._writer = SummaryWriter(str(self.run / "tensorboard" / "probe"))
         for name, value in scores.items():
-            self._writer.add_scalar(f"evaluate/{name}", value, update)
+            self._writer.add_scalar(tag(f"evaluate/{name}"), value, update)
         save(quality.pictures, None, update, self._writer)
         self._writer.flush()
         record.add(
@@ -210,8 +211,17 @@ class Follower:
         self.scored += 1
 
 
-def with_labelled(recipe: PretrainRecipe, labelled: str) -> PretrainRecipe:
-    """The recipe with another labelled dataset for its probes; "" leaves it as it is."""
+def with_labelled(recipe: PretrainRecipe, labelled: str, say: Callable[[str], None]) -> PretrainRecipe:
+    """The recipe with another labelled dataset for its probes; "" leaves it as it is.
+
+    Where that lacks a source or class that the recipe names, all of its own are taken, which is said.
+    """
     if not labelled:
         return recipe
-    return recipe.model_copy(update={"probes": recipe.probes.model_copy(update={"data": labelled})})
+    probes, manifest = recipe.probes, Manifest.open(labelled)
+    there = {*manifest.column("source"), *manifest.info.get("labels", {}).values()}
+    changes: dict[str, object] = {"data": labelled}
+    if missing := [name for name in (*probes.sources, *probes.classes) if name not in there]:
+        say(f"{labelled}: holds no {missing[0]!r} of probes.*; all its sources and classes are probed")
+        changes |= {"sources": (), "classes": ()}
+    return recipe.model_copy(update={"probes": probes.model_copy(update=changes)})

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.stream import open_stream
@@ -24,12 +25,13 @@ from engine.recipe import load_recipe
 from launch.cli import main
 from pretrain.batch import MODALITIES, Collate
 from pretrain.evaluate import CONSTANT, _means, constant
-from pretrain.follow import Follower, Record
+from pretrain.follow import Follower, Record, with_labelled
 from pretrain.held_out_table import describe, lines_of
 from pretrain.mae import MaskedAutoencoder
 from pretrain.quality import Quality
 from pretrain.recipe import EvaluationConfig, PretrainRecipe
 from pretrain.stored import Gone, fingerprint, kept, read_network, recipe_of
+from pretrain.task import open_task
 from pretrain.tokens import tokenise
 
 REPOSITORY = Path(__file__).parents[2]
@@ -355,6 +357,10 @@ def test_following_a_finished_run_scores_each_checkpoint_once(
     assert [row["scores"] for row in rows] == [in_loop(trained)[u] for u in (4, 8)]
     events = list((run / "tensorboard" / "probe").iterdir())
     assert len(events) == 1
+    for folder in (events[0].parent, run / "tensorboard"):  # by the same names, grouped by kind of figure
+        tags = EventAccumulator(str(folder)).Reload().Tags()
+        assert {"pictures/CT-0", "pictures/MR-0"} == set(tags["images"])
+        assert {"val/CT@0.90_share", "probe/knn_dice", "collapse/rank"} < set(tags["scalars"])
     assert {p: p.read_bytes() for p in before} == before
     again = Follower(run)
     again.follow()
@@ -431,6 +437,43 @@ def test_wrong_words_are_one_line(
         assert end.value.code == 2, words
         assert len(error.strip().splitlines()) == 1, error
         assert said in error
+
+
+def test_another_labelled_dataset_need_not_have_the_sources_of_the_recipe(
+    recipe_file: Path, dataset: Path
+) -> None:
+    said: list[str] = []
+    here = recipe_with(recipe_file, "--probes.sources", "[ct]", "--probes.classes", "[liver]")
+    assert with_labelled(here, str(dataset), said.append) == here
+    assert not said
+    for words in (["--probes.sources", "[brats]"], ["--probes.classes", "[tumour]"]):
+        other = with_labelled(recipe_with(recipe_file, *words), str(dataset), said.append).probes
+        assert (other.data, other.sources, other.classes) == (str(dataset), (), ())
+        assert words[1].strip("[]") in said.pop()
+
+
+def test_signs_of_collapse_are_said_with_the_figures(recipe_file: Path) -> None:
+    quality = quality_of(recipe_with(recipe_file))
+    network = network_of(quality.recipe)
+    scores = quality.score_alone(network)
+    assert "ALARM" not in quality.report(scores, [])
+    fallen = scores | {"collapse/rank_share": scores["collapse/rank_share"] / 4}
+    report = quality.report(fallen, [scores])
+    assert sum(line.startswith("ALARM: features span") for line in report.splitlines()) == 1
+
+
+def test_a_run_holds_an_evaluation_against_those_before(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = open_task(recipe_with(recipe_file), tmp_path)
+    first = {"probe/linear_dice": 0.5, "probe/knn_dice": 0.5, "probe/raw_linear_dice": 0.5,
+             "collapse/rank": 24.0, "collapse/rank_share": 0.5}  # fmt: skip
+    found = [first, first | {"collapse/rank": 5.0, "collapse/rank_share": 0.1}]
+    monkeypatch.setattr(task.quality, "score", lambda *_: found.pop(0))
+    task.evaluate(4, 0, 1, None)
+    assert "ALARM" not in capsys.readouterr().out
+    task.evaluate(8, 0, 1, None)
+    assert "ALARM: features span 10.0% of their width, 50.0% at the last score" in capsys.readouterr().out
 
 
 def test_an_encoder_alone_gives_the_probes_and_says_so(
