@@ -160,6 +160,7 @@ def main() -> None:
     about = step.machine(args.device, args.threads)
     plan = CUDA if args.device == "cuda" else QUICK if args.quick else FULL
     table = plan.rows()
+    matmul = step.matmul_rate(torch.bfloat16, args.device, 3)
     spent = measure(table, args.device, args.rounds or (3 if args.quick else 5))
     seconds = np.array([statistics.median(s) for s in spent])
     flops = np.array([parts(row.setting)[0] for row in table])
@@ -170,7 +171,7 @@ def main() -> None:
     weights = fit(terms, seconds)
     fitted = terms * weights
     shares = fitted / fitted.sum(1, keepdims=True)
-    matmul = step.matmul_rate(torch.bfloat16, args.device, 3)
+    matmul = max(matmul, step.matmul_rate(torch.bfloat16, args.device, 3))
 
     print(
         f"Largest rate {rate / 1e9:.0f} GFLOP/s, {rate / matmul:.0%} of a 4096³ bf16 matrix product; load "
