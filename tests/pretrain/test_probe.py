@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from data_pipeline.manifest import SCHEMA, Manifest, manifest_bytes
 from data_pipeline.shard_reader import ShardReader
@@ -283,24 +283,36 @@ def test_a_depth_and_index_positions_may_be_asked_for(labelled: Path, probe: Pro
         assert not torch.equal(_encode(encoder, wide, 0, CPU), _encode(encoder, image, 0, CPU))
 
 
-def rank_of_two(rank: int, store: Path, probe: Probe) -> None:
-    """One process of two: writes the scores of two encoders."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    scores = [probe.score(encoder_of(seed), rank, 2, CPU) for seed in (0, 1)]
-    store.with_name(f"scores{rank}.json").write_text(json.dumps(scores))
-    dist.destroy_process_group()
+RANK_OF_TWO = """
+import json, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from model.config import EncoderConfig
+from model.encoder import Encoder
+from pretrain.probe import Probe
+from pretrain.probe_config import ProbeConfig
+
+rank, folder, config, encoder = int(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+encoder = EncoderConfig(**encoder)
+probe = Probe(ProbeConfig(**config), encoder)
+scores = []
+for seed in (0, 1):
+    torch.manual_seed(seed)
+    scores.append(probe.score(Encoder(encoder), rank, 2, torch.device("cpu")))
+(folder / f"scores{rank}.json").write_text(json.dumps(scores))
+dist.destroy_process_group()
+"""
 
 
 def test_any_number_of_ranks_gives_the_same_figures(labelled: Path, tmp_path: Path) -> None:
-    probe = Probe(config_of(labelled, shots=3, cases=2), ENCODER)
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank_of_two, args=(r, tmp_path / "store", probe)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    config = config_of(labelled, shots=3, cases=2)
+    words = [str(tmp_path), config.model_dump_json(), ENCODER.model_dump_json()]
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK_OF_TWO, str(rank), *words]) for rank in range(2)]
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    probe = Probe(config, ENCODER)
     alone = [probe.score(encoder_of(seed), 0, 1, CPU) for seed in (0, 1)]
     assert alone[0] != alone[1]
     for rank in range(2):
