@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from pretrain.batch import to_device
+from pretrain.batch import geometry_of_block, to_device
+from pretrain.tokens import tokenise
 
 MIXED: dict[str, Any] = {"drop_path": 0.5, "registers": 1}
 
@@ -73,6 +74,23 @@ def test_a_look_at_a_value_would_be_noticed(look: Any, hand: Any) -> None:
     block = to_device(mixed(hand)[1], torch.device("meta"))["slab-1"]
     with NoCopies(), pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
         look(block)
+
+
+def test_tokens_are_the_same_without_a_look_at_what_could_be_left_out(
+    hand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU skips interpolation, tone curves and asinh where no crop asks for them; a device never does."""
+    model, batch = mixed(hand)
+
+    def cut() -> list[Any]:
+        return [tokenise(b, model.encoder.patch(geometry_of_block(name))) for name, b in batch.items()]
+
+    before = cut()
+    for module in ("pretrain.tokens", "model.normalise"):
+        monkeypatch.setattr(f"{module}.may_look", lambda _: False)
+    for one, two in zip(before, cut(), strict=True):
+        for name, *pair in zip(one._fields, one, two, strict=True):
+            assert torch.equal(*pair), name
 
 
 @pytest.mark.parametrize("decoder", ["self", "cross"])

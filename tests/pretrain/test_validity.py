@@ -78,3 +78,12 @@ def test_the_last_layer_of_tokens_may_hold_no_voxel() -> None:
     """A grid is rounded up, and the last output voxel's centre may lie outside."""
     voxels = np.ones((8, 8, 9), np.int16)
     assert valid_tokens(voxels, (1, 1, 2), (1.0, 1.0, 1.1), (False,) * 3, (8, 8, 8)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("away", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("step", [1.0, 0.8])
+def test_float_voxels_that_are_not_finite_are_not_there(away: float, step: float) -> None:
+    voxels = np.ones((8, 8, 24), np.float32)
+    voxels[..., :12] = away
+    crop = (voxels, (1, 1, 3), (1.0, 1.0, step), (False,) * 3, (8, 8, 8))
+    assert valid_tokens(*crop).tolist() == on_the_device(*crop, None) == [False, True, True]
