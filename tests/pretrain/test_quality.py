@@ -497,7 +497,8 @@ def test_evaluation_changes_no_bit_of_training_on_two_processes(
 ) -> None:
     """With held-out figures and probes on and off; the figures of two ranks are those of one process."""
     ended(start(recipe_file, tmp_path / "on", 2))
-    ended(start(recipe_file, tmp_path / "off", 2, "--data.held-out=none", "--probes.data=''"))
+    off_fields = ("--data.held-out=none", "--probes.data=''", "--engine.evaluate-every=0")
+    ended(start(recipe_file, tmp_path / "off", 2, *off_fields))
     on, off = weights(tmp_path / "on"), weights(tmp_path / "off")
     assert len(on) == 3
     assert on == off
