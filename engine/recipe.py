@@ -59,7 +59,8 @@ class EngineConfig(Frozen):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: matrix products in bfloat16, weights in float32"
+        "bf16",
+        description="bf16: matrix products and what passes between blocks in bfloat16, weights in float32",
     )
     seed: int = Field(0, ge=0, description="of every random choice of the run")
     max_bad_updates: int = Field(

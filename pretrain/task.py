@@ -94,11 +94,12 @@ class PretrainTask:
         return {"manifest": self.manifest.hash[:16], "order": str(ORDER_VERSION)}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Matrices decay; biases, norms, gains and single learned tokens do not (He et al. 2022)."""
+        """Matrices decay; biases, norms, gains, learned tokens and positions do not (He et al. 2022)."""
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        for parameter in self.network.parameters():
-            (matrices if parameter.ndim > 1 else others).append(parameter)
+        for name, parameter in self.network.named_parameters():
+            single = parameter.ndim == 1 or name.endswith(("prefix.tokens", "positions.table"))
+            (others if single else matrices).append(parameter)
         decay = self._recipe.engine.weight_decay
         return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 

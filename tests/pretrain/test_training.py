@@ -199,6 +199,19 @@ def test_pictures_show_each_modality_in_its_own_units(recipe: Path, shards: Path
             assert -1100 <= picture.image[known].min() < -900
 
 
+def test_only_matrices_decay(recipe: Path, shards: Path, tmp_path: Path) -> None:
+    switches = ["--encoder.registers", "2", "--encoder.class_token", "true", "--encoder.layer_scale", "0.1"]
+    table = ["--encoder.learned_positions", "[4, 4, 4]"]
+    task = task_of(recipe, shards, tmp_path, *switches, *table)
+    decaying, others = task.optimizer_groups()
+    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+    assert decaying["weight_decay"] > 0 == others["weight_decay"]
+    assert {names[id(p)].rpartition(".")[2] for p in decaying["params"]} == {"weight"}
+    kept = {names[id(p)] for p in others["params"]}
+    assert {"encoder.prefix.tokens", "encoder.positions.table", "decoder.mask_token"} <= kept
+    assert len(decaying["params"]) + len(others["params"]) == len(names)
+
+
 def test_export_is_an_encoder_with_its_plan(recipe: Path, shards: Path, tmp_path: Path) -> None:
     from model.weights import load_encoder
 
