@@ -60,6 +60,24 @@ def test_forward_and_backward_never_look_at_a_value(changes: Any, training: bool
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_a_gpu_computes_the_same_and_is_never_waited_for(decoder: str, hand: Any) -> None:
+    model, batch = mixed(hand, decoder=decoder, encoder=MIXED)
+    expected = model.eval()(batch)[0]
+    model.cuda()
+    placed = to_device(batch, torch.device("cuda"))
+    first = model(placed)[0]  # constants go over at the first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            model(placed)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert first.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "look",
     [
