@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.layers.layer_scale import LayerScale
-from timm.layers.mlp import Mlp, SwiGLUPacked
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model.attention import attention
 from model.config import EncoderConfig
+from model.mlp import LayerScale, Mlp, SwiGlu
 from model.positions import apply_rotary
 
 Layout = tuple[tuple[int, int], ...]
@@ -129,7 +128,7 @@ class Block(nn.Module):
         self.ls1 = LayerScale(width, config.layer_scale) if config.layer_scale else nn.Identity()
         self.norm2 = LayerNorm(width, eps)
         hidden = config.mlp_hidden
-        self.mlp = SwiGLUPacked(width, 2 * hidden) if config.swiglu else Mlp(width, hidden)
+        self.mlp = SwiGlu(width, hidden) if config.swiglu else Mlp(width, hidden)
         self.ls2 = LayerScale(width, config.layer_scale) if config.layer_scale else nn.Identity()
 
     def forward(

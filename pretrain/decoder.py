@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +19,7 @@ from model.attention import attention
 from model.block import Block, LayerNorm, Layout, Rotary, joined, key_masks, segments
 from model.config import EncoderConfig
 from model.errors import UserError
+from model.mlp import Mlp
 from model.patches import token_index
 from model.positions import LearnedPositions, apply_rotary, rotary
 from pretrain.objective import ObjectiveConfig
