@@ -32,7 +32,8 @@ def straighten(volume: Volume) -> Volume:
     axis = stacking_axis(volume.affine)
     u, v = (a for a in range(3) if a != axis)  # affine columns; array axis of column a is 3 - a
     columns = volume.affine[:3, :3]
-    lean = [float(columns[:, axis] @ columns[:, a] / (columns[:, a] @ columns[:, a])) for a in (u, v)]
+    # Both at once: u and v may be off the right angle by a header's rounding.
+    lean = np.linalg.lstsq(columns[:, [u, v]], columns[:, axis])[0].tolist()
     upright = columns[:, axis] - lean[0] * columns[:, u] - lean[1] * columns[:, v]
     angle = float(np.degrees(np.arccos(np.linalg.norm(upright) / np.linalg.norm(columns[:, axis]))))
 
