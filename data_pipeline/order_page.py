@@ -27,7 +27,7 @@ def description(order: Order) -> str:
     ]
     lines += [
         f"sources by {order.mixture.by}: every prefix of a lane is within {_up(table.bound)} crops of its "
-        f"share, within {_up(table.group_bound)} after each group (shares in steps of 1/{table.length})",
+        f"share, within {_up(table.group_bound)} after each group (shares in steps of one in {table.length})",
         "epoch of a source: each of its samples once, kind of row by kind of row",
     ]
     updates = order.epoch_updates()
