@@ -56,16 +56,32 @@ class EngineConfig(Frozen):
     )
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 switches clipping off")
     warmup: int = Field(50, ge=0, description="updates of linear warm-up")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
+    schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine",
+        description="what follows the warm-up; wsd: constant, then a decay, so that a run can be extended",
+    )
+    decay: int = Field(
+        0, ge=0, description="updates of the decay that ends wsd; 0 takes a tenth of `updates`"
+    )
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine or the decay")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",
         description="bf16: matrix products and what passes between blocks in bfloat16, weights in float32",
     )
     seed: int = Field(0, ge=0, description="of every random choice of the run")
-    max_bad_updates: int = Field(
-        20, ge=1, description="non-finite updates in a row after which the run fails"
+    spike: float = Field(
+        10.0,
+        ge=0,
+        description="an update is skipped whose loss lies this many robust standard deviations above the "
+        "median of the last ones; 0 skips none but those that are not finite",
     )
+    spike_window: int = Field(
+        128, ge=16, description="losses of applied updates that a spike is held against"
+    )
+    max_bad_updates: int = Field(
+        20, ge=1, description="skipped updates in a row after which the run goes back to a checkpoint"
+    )
+    max_rollbacks: int = Field(2, ge=0, description="times a run goes back in a row before it fails")
     zero_stage: Literal[0, 1, 2, 3] = free(
         1, "what DeepSpeed shards: nothing, moments, + gradients, + parameters"
     )
@@ -94,8 +110,19 @@ class EngineConfig(Frozen):
     threads: int = free(0, "CPU threads per rank; 0 leaves the default", ge=0)
     device: Literal["auto", "cpu", "cuda"] = free("auto", "auto takes CUDA where there is one")
     hang_minutes: float = free(
-        30.0, "minutes without an update after which the run ends as hung; 0 never", ge=0
+        15.0, "minutes without a sign of progress after which a launch ends as hung; 0 never", ge=0
     )
+    save_minutes: float = free(
+        30.0, "minutes for which the last save of a launch is tried again where the storage fails", ge=0
+    )
+    restarts: int = free(
+        3, "how often in a row the launcher starts a failed run again that has not saved since", ge=0, le=3
+    )
+    min_nodes: int = free(0, "fewest hosts to go on with where some are lost; 0: none may be missing", ge=0)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = free(
+        ("tensorboard",), "where figures and pictures go beside RUN/metrics.jsonl"
+    )
+    tracker_project: str = free("medfm", "project of W&B, experiment of MLflow")
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str], schema: type[Schema]) -> Schema:
