@@ -228,6 +228,17 @@ class Order:
         group, _, _, cell, n = self._locate(i)
         return cell.sample(group, n // self.mixture.crops_per_volume)[0]
 
+    def keys(self, update: int) -> list[str]:
+        """Keys of an update's samples, in the order of the draws; a damaged one's, not its substitute's."""
+        first = update * self.batch_size
+        rows = [self.row(i) for i in range(first, first + self.batch_size)]
+        return [str(self.manifest.value(row, "key")) for row in rows]
+
+    @property
+    def token_slots(self) -> int:
+        """Token slots of the crops of an update, filled or not."""
+        return self.groups * sum(spec.crops * spec.capacity for spec in self.composition)
+
     def cells(self) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
         """Rows of each cell by its (number of the source, number of the `RowSpec`)."""
         for at, cell in sorted(self._cells.items()):

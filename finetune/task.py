@@ -99,6 +99,15 @@ class FinetuneTask:
         """One micro-step a group that a rank owns."""
         return -(-self._recipe.mixture.groups // world)
 
+    @property
+    def tokens_per_update(self) -> int:
+        """Tokens of the windows of an update over all ranks, each counted as a full `head.window`."""
+        return self.order.token_slots
+
+    def sample_keys(self, position: int) -> list[str]:
+        """Keys of the samples of the update at `position`, of all groups, in the order of the draws."""
+        return self.order.keys(position)
+
     def batches(self, start_update: int, rank: int, world: int) -> Iterator[Batch]:
         """Endless batches from `start_update`."""
         patches = None if self.net.encoder is None else cast(Any, self.net.encoder).config.patch

@@ -75,6 +75,16 @@ class PretrainTask:
         recipe = self._recipe
         return recipe.mixture.groups * step_flops(recipe.encoder, recipe.objective, self.order.composition)
 
+    @property
+    def tokens_per_update(self) -> int:
+        """Token slots of an update over all ranks, hidden and unfilled ones counted (`slot_waste` says how
+        many are unfilled)."""
+        return self.order.token_slots
+
+    def sample_keys(self, position: int) -> list[str]:
+        """Keys of the samples of the update at `position`, of all groups, in the order of the draws."""
+        return self.order.keys(position)
+
     def batches(self, start_update: int, rank: int, world: int) -> Iterator[Batch]:
         """The rank's batches from `start_update` on, without end."""
         return self.data.follow(

@@ -118,6 +118,21 @@ def test_batches_are_the_same_from_any_start_and_any_split_of_the_work(shards):
     assert sorted(halves[0] + halves[1]) == sorted(whole)
 
 
+def test_sample_keys_are_those_that_the_stream_delivers(shards, monkeypatch):
+    monkeypatch.setattr(
+        "finetune.task.Collate", lambda *_: lambda update, group, crops: [c.key for c in crops]
+    )
+    task = FinetuneTask(recipe_for(shards, workers=0))
+    for world in (1, 2):
+        seen = []
+        for rank in range(world):
+            for keys, _ in zip(task.batches(3, rank, world), range(task.micro_steps(world))):
+                seen += keys
+        assert task.sample_keys(3) == seen
+    assert task.sample_keys(4) != task.sample_keys(3)
+    assert task.tokens_per_update == task.samples_per_update * 8  # a window of 16 voxels, patches of 8
+
+
 def test_cases_are_a_fixed_draw_and_too_many_are_refused(shards):
     manifest = Manifest.open(shards)
     recipe = recipe_for(shards)

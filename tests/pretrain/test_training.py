@@ -152,6 +152,31 @@ def test_the_loss_of_an_update_is_the_same_for_every_number_of_ranks(
     assert totals[1:] == pytest.approx([totals[0]] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_sample_keys_are_those_that_the_stream_delivers(
+    world: int, recipe: Path, shards: Path, tmp_path: Path
+) -> None:
+    task = task_of(recipe, shards, tmp_path)
+    task.collate = lambda update, group, crops: [crop.key for crop in crops]
+    seen: list[list[str]] = [[], []]
+    for rank in range(world):
+        stream = task.batches(5, rank, world)
+        for step, keys in enumerate(islice(stream, 2 * task.micro_steps(world))):
+            seen[step // task.micro_steps(world)] += keys
+        stream.close()
+    assert [task.sample_keys(5), task.sample_keys(6)] == seen
+    assert len(seen[0]) == task.samples_per_update
+    assert seen[0] != seen[1]
+
+
+def test_tokens_of_an_update_are_the_slots_of_its_batches(recipe: Path, shards: Path, tmp_path: Path) -> None:
+    task = task_of(recipe, shards, tmp_path)
+    stream = task.batches(0, 0, 1)
+    batches = list(islice(stream, task.micro_steps(1)))
+    stream.close()
+    assert task.tokens_per_update == sum(int(block.slots.sum()) for b in batches for block in b.values())
+
+
 def test_evaluation_repeats_ignores_training_state_and_names_every_modality(
     recipe: Path, shards: Path, tmp_path: Path
 ) -> None:
