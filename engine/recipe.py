@@ -166,7 +166,7 @@ def identity_of(recipe: BaseModel) -> dict[str, Any]:
 
 def difference(old: BaseModel | Mapping[str, Any], new: BaseModel | Mapping[str, Any]) -> str:
     """One line naming every identity field that differs, `lr: 0.001 -> 0.002; ...`; empty if none does."""
-    before, after = (dict(_leaves(identity_of(r) if isinstance(r, BaseModel) else r)) for r in (old, new))
+    before, after = (dict(leaves(identity_of(r) if isinstance(r, BaseModel) else r)) for r in (old, new))
     keys = [*before, *(k for k in after if k not in before)]
     absent = "(absent)"
     return "; ".join(
@@ -188,10 +188,11 @@ def _identity_value(value: Any, dumped: Any) -> Any:
     return dumped
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a nested recipe by their dotted names."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -90,7 +90,7 @@ def _train(
     if found is not None:
         found.load_moments(partition)
     partition.set_steps(progress.update)
-    with Logs(run, world, config.updates, progress.update) as logs:
+    with Logs(run, world, config, attempt=attempt, start=progress.update, recipe=task.recipe()) as logs:
         for warning in warnings:
             logs.say(warning)
         logs.event(

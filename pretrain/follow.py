@@ -20,7 +20,7 @@ import torch
 
 from data_pipeline.manifest import Manifest
 from engine.errors import UserError
-from engine.logs import tag
+from engine.trackers import tag
 from engine.verdict import Verdict, read_attempt, read_verdict, write_text
 from pretrain.pictures import save
 from pretrain.quality import Quality
