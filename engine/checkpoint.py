@@ -9,33 +9,35 @@
 
 The header of a rank file says for every key its global shape, flat element offset and element count. World
 size, ZeRO stage and DeepSpeed version are not in the format: whoever loads reads the ranges it owns,
-whichever ranks wrote them. A folder is filled under a hidden name, flushed, and renamed when complete.
-Nothing is pickled.
+whichever ranks wrote them. A folder is filled under a hidden name, flushed, and renamed when complete (by
+`engine/saver.py`). Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from engine.distributed import World
 from engine.errors import UserError
+from engine.tensor_file import HASH, entry_of, flush
 from engine.verdict import read_attempt, write_text
-from engine.zero_state import MOMENTS, Partition, Slice
+from engine.zero_state import MOMENTS, Partition
 
 FORMAT_VERSION = 1
-HASH = "xxh3_128"
+
+
+class TakenOver(RuntimeError):
+    """A later launch of the run has begun: this one may write no checkpoint any more."""
 
 
 @dataclass(frozen=True)
@@ -105,62 +107,26 @@ class Checkpoint:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def save(
-    run: Path,
-    world: World,
-    attempt: int,
-    partition: Partition,
-    state: Mapping[str, Any],
-    whole: Mapping[str, Tensor],
-    export: Callable[[Mapping[str, Tensor], Path], None],
-) -> Path:
-    """Write a checkpoint together with all ranks; returns its folder once every rank knows that it is
-    complete.
-
-    Args:
-        run: run folder, seen by all ranks.
-        attempt: number of this launch; a later launch takes the right to write away from it.
-        partition: what this rank owns.
-        state: content of `state.json`; `update` names the folder.
-        whole: frozen parameters as "NAME|frozen" and buffers as "NAME|buffer"; rank 0's are written.
-        export: writes the weights for use from the whole state dict; called on rank 0.
-
-    Raises:
-        RuntimeError: a rank could not write, or a later launch has taken over; nothing was replaced.
-    """
-    final = run / "checkpoints" / f"update-{int(state['update']):08d}"
-    scratch = final.with_name(f".tmp-{final.name}-a{attempt}")
-
-    def open_scratch() -> None:
-        if world.rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-
-    def write_rank() -> None:
-        file = scratch / f"rank-{world.rank:05d}.safetensors"
-        _write_slices(file, partition.slices(), whole if world.rank == 0 else {})
-        write_text(file.with_suffix(".report"), json.dumps(_entry(file)))
-
-    def finish() -> None:
-        if world.rank == 0:
-            _finish(run, scratch, final, world.size, attempt, state, export)
-
-    for stage in (open_scratch, write_rank, finish):
-        _together(world, stage, final)
-    return final
-
-
-def newest(run: Path, world: World, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest(
+    run: Path, world: World, warn: Callable[[str], None], at_most: int | None = None
+) -> Checkpoint | None:
     """The newest checkpoint that passes every check, or None where the run has none at all.
 
     Ranks share the hashing. A damaged checkpoint is named through `warn` and the next older one is tried.
 
+    Args:
+        run: run folder.
+        world: all ranks call this together.
+        warn: told of each damaged checkpoint.
+        at_most: leave out those of later updates.
+
     Raises:
         UserError: there are checkpoints, but none is good; or the newest good one has a newer format.
     """
-    folders = world.from_first(sorted((p.name for p in (run / "checkpoints").glob("update-*")), reverse=True))
+    folders = sorted((run / "checkpoints").glob("update-*"), reverse=True)
+    names = world.from_first([p.name for p in folders if at_most is None or update_of(p) <= at_most])
     reasons = []
-    for name in folders:
+    for name in names:
         folder = run / "checkpoints" / name
         faults = [found for found in world.gather(fault(folder, world.rank, world.size)) if found]
         if not faults:
@@ -179,102 +145,11 @@ def newest(run: Path, world: World, warn: Callable[[str], None]) -> Checkpoint |
     return None
 
 
-def tidy(run: Path) -> None:
-    """Clear what an interrupted save left behind; an old folder that was being replaced gets its name
-    back."""
-    for left in (run / "checkpoints").glob(".*-update-*"):
-        final = left.with_name(left.name.removeprefix(".old-"))
-        if left.name.startswith(".old-") and not final.exists():
-            left.rename(final)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def prune(run: Path, newest: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`.
-
-    `newest` is the one just saved. Later ones are damaged and were left out when the run resumed: they
-    count for nothing, or they would push out the good one.
-    """
-    folders = sorted(p for p in (run / "checkpoints").glob("update-*") if p.name <= newest.name)
-    for folder in folders[:-keep_last]:
-        update = int(folder.name.removeprefix("update-"))
-        if not (keep_every and update % keep_every == 0):
-            doomed = folder.with_name(f".tmp-{folder.name}-pruned")
-            folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _together(world: World, stage: Callable[[], None], final: Path) -> None:
-    """Run one stage of a save on every rank; if any fails, all raise, so that none waits for another."""
-    failure = ""
-    try:
-        stage()
-    except Exception as error:
-        failure = f"rank {world.rank}: {type(error).__name__}: {error}"
-    if failures := [f for f in world.gather(failure) if f]:
-        raise RuntimeError(f"{final.name} was not saved: {failures[0]}")
-
-
-def _write_slices(file: Path, slices: Iterator[Slice], whole: Mapping[str, Tensor]) -> None:
-    tensors: dict[str, Tensor] = {}
-    where: dict[str, dict[str, Any]] = {}
-    for part in slices:
-        for kind in ("master", *MOMENTS):
-            tensors[f"{part.name}|{kind}"] = getattr(part, kind).to("cpu")
-            where[f"{part.name}|{kind}"] = {
-                "global_shape": part.shape,
-                "offset": part.offset,
-                "numel": part.numel,
-            }
-    for key, tensor in whole.items():
-        tensors[key] = tensor.detach().to("cpu").contiguous().view(-1)
-        where[key] = {"global_shape": tuple(tensor.shape), "offset": 0, "numel": tensor.numel()}
-    save_file(tensors, file, metadata={"slices": json.dumps(where)})
-    _flush(file)
-
-
-def _finish(
-    run: Path,
-    scratch: Path,
-    final: Path,
-    ranks: int,
-    attempt: int,
-    state: Mapping[str, Any],
-    export: Callable[[Mapping[str, Tensor], Path], None],
-) -> None:
-    files = {}
-    for rank in range(ranks):
-        report = scratch / f"rank-{rank:05d}.report"
-        files[f"rank-{rank:05d}.safetensors"] = json.loads(report.read_text(encoding="utf-8"))
-        report.unlink()
-    write_text(
-        scratch / "state.json", json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1) + "\n"
-    )
-    export(Checkpoint(scratch).model_state(), scratch)
-    for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
-        name = file.relative_to(scratch).as_posix()
-        if name not in files:
-            _flush(file)
-            files[name] = _entry(file)
-    write_text(scratch / "complete.json", json.dumps({"hash": HASH, "files": files}, indent=1) + "\n")
-    _flush(scratch)
-    if (now := read_attempt(run)) != attempt:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise RuntimeError(f"launch {now} of this run has taken over from launch {attempt}")
-    replaced = final.with_name(f".old-{final.name}")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    scratch.rename(final)
-    _flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def fault(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     """What is wrong with this rank's share of a checkpoint's files, or an empty string."""
+    name = "complete.json"
     try:
-        complete = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        complete = json.loads((folder / name).read_text(encoding="utf-8"))
         listed = complete["files"]
         if complete["hash"] != HASH or "state.json" not in listed:
             return "complete.json is of another kind"
@@ -283,26 +158,167 @@ def fault(folder: Path, rank: int = 0, ranks: int = 1) -> str:
                 return f"{name} is missing"
             if (size := (folder / name).stat().st_size) != entry["size"]:
                 return f"{name} has {size} bytes instead of {entry['size']}"
-            if _entry(folder / name) != entry:
+            if entry_of(folder / name) != entry:
                 return f"{name} is not what was written (its hash differs)"
     except FileNotFoundError:
-        return "complete.json is missing, so it was never finished"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return f"{name} is missing" + (", so it was never finished" if name == "complete.json" else "")
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"complete.json cannot be read ({type(error).__name__})"
     return ""
 
 
-def _entry(file: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 23):
-            digest.update(block)
-    return {"size": file.stat().st_size, HASH: digest.hexdigest()}
+def update_of(folder: Path) -> int:
+    """The update after which a checkpoint folder was saved, by its name; -1 where the name has none."""
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def folder_of(run: Path, update: int) -> Path:
+    """Where the checkpoint of an update lies."""
+    return run / "checkpoints" / f"update-{update:08d}"
+
+
+def seal(
+    scratch: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    state: Mapping[str, Any],
+    export: Callable[[Mapping[str, Tensor], Path], None],
+) -> None:
+    """Add what makes the ranks' files a checkpoint: state, weights for use, and the list of all files.
+
+    Args:
+        scratch: folder with the file of every rank, flushed.
+        files: size and hash of those, by name.
+        state: content of `state.json`.
+        export: writes the weights for use from the whole float32 state dict.
+
+    Raises:
+        OSError, UserError: the disk did not take it, or a rank's file is not there.
+    """
+    write_text(
+        scratch / "state.json", json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1) + "\n"
+    )
+    export(Checkpoint(scratch).model_state(), scratch)
+    listed = dict(files)
+    for path in sorted(scratch.rglob("*")):
+        name = path.relative_to(scratch).as_posix()
+        if name not in files:
+            flush(path)
+            if path.is_file():
+                listed[name] = entry_of(path)
+    write_text(scratch / "complete.json", json.dumps({"hash": HASH, "files": listed}, indent=1) + "\n")
+    flush(scratch)
+
+
+def put_in_place(run: Path, attempt: int, scratch: Path, update: int) -> Path:
+    """Give a sealed folder its name, in place of an older save of the same update.
+
+    Raises:
+        TakenOver: a later launch has begun; nothing was replaced.
+        OSError: the disk did not take it, or the run folder is gone.
+    """
+    final = folder_of(run, update)
+    replaced = final.with_name(f".old-{final.name}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    if (now := read_attempt(run)) > attempt:
+        _remove(scratch)
+        raise TakenOver(f"launch {now} of this run has taken over from launch {attempt}")
+    if now != attempt:
+        raise OSError(f"{run / 'attempt'} does not hold the number of this launch, {attempt}")
+    if final.exists():
+        final.rename(replaced)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        scratch.rename(final)
+    except OSError:
+        with suppress(OSError):
+            replaced.rename(final)
+        raise
+    flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def tidy(run: Path) -> None:
+    """Clear what interrupted saves left behind; an old folder that was being replaced gets its name back.
+
+    What is cleared loses its name first: a writer of the launch before this one that still lives can then
+    no longer rename a folder of which half is gone.
+    """
+    for left in (run / "checkpoints").glob(".*-update-*"):
+        final = left.with_name(left.name.removeprefix(".old-"))
+        if left.name.startswith(".old-") and not final.exists():
+            with suppress(FileNotFoundError):  # given back by its own launch
+                left.rename(final)
+        else:
+            _remove(left)
+
+
+def prune(
+    run: Path,
+    newest: Path,
+    keep_last: int,
+    keep_every: int,
+    keep: Callable[[int], bool] = lambda update: False,
+) -> None:
+    """Delete all but the newest `keep_last` checkpoints, those at multiples of `keep_every` and those that
+    `keep` asks for by their update.
+
+    `newest` is the one just saved. Later ones are damaged and were left out when the run resumed: they
+    count for nothing, or they would push out the good one.
+    """
+    folders = sorted(p for p in (run / "checkpoints").glob("update-*") if p.name <= newest.name)
+    for folder in folders[:-keep_last]:
+        update = update_of(folder)
+        if not (keep_every and update % keep_every == 0) and not keep(update):
+            _remove(folder)
+
+
+def set_aside(run: Path, after: int, label: str) -> list[str]:
+    """Rename the checkpoints of updates later than `after` to `LABEL-update-…`: they are kept for people, but
+    no run resumes from them. Returns their new names; one that has that name already is replaced."""
+    names = []
+    for folder in sorted((run / "checkpoints").glob("update-*"), reverse=True):
+        if update_of(folder) > after:
+            aside = folder.with_name(f"{label}-{folder.name}")
+            if aside.exists():
+                _remove(aside)
+            folder.rename(aside)
+            names.append(aside.name)
+    if names:
+        flush(run / "checkpoints")
+    return names
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that none sees half of it."""
+    doomed = folder.with_name(f".gone-{folder.name.lstrip('.')}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def save(
+    run: Path,
+    world: World,
+    attempt: int,
+    partition: Partition,
+    state: Mapping[str, Any],
+    whole: Mapping[str, Tensor],
+    export: Callable[[Mapping[str, Tensor], Path], None],
+) -> Path:
+    """Until the loop uses `Saver`."""
+    from types import SimpleNamespace
+
+    from engine.recipe import EngineConfig
+    from engine.saver import Saver
+
+    quiet: Any = SimpleNamespace(say=print, event=lambda *_, **__: None, scalars=lambda *_, **__: None)
+    config = EngineConfig(save_minutes=0, keep_last=10**6)
+    saver = Saver(run, world, attempt, partition, lambda: whole, export, config, quiet)
+    if why := saver.settle({"position": 0, **state}):
+        raise RuntimeError(f"update-{int(state['update']):08d} was not saved: {why}")
+    return folder_of(run, int(state["update"]))
