@@ -106,8 +106,9 @@ class Logs:
         if self._first is not None:
             for name in self._first.trackers.close(failed=error is not None):
                 self.say(f"{name} did not take its last entries; they are lost")
-            if not self._first.metrics.close(CLOSE_SECONDS):
-                self.say(f"{self._first.metrics.name}: the last lines could not be written and are lost")
+            for thread in (self._first.metrics, self._first.records):
+                if not thread.close(CLOSE_SECONDS):
+                    self.say(f"{thread.name}: the last lines could not be written and are lost")
         whole = self._lines.close(CLOSE_SECONDS)
         if self._first is not None:
             if not whole:
@@ -116,8 +117,7 @@ class Logs:
 
     def event(self, kind: str, **fields: Any) -> None:
         """One line in this rank's own log."""
-        line = {"time": round(time.time(), 3), "event": kind, **fields}
-        self._lines.put(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self._lines.put(_line({"time": round(time.time(), 3), "event": kind, **fields}))
 
     def step(
         self,
@@ -161,10 +161,15 @@ class Logs:
         if self._first is None:
             return
         values = dict(values)
-        self._first.metrics.put(json.dumps({"update": update, **values}).encode() + b"\n")
+        self._first.metrics.put(_line({"update": update, **values}))
         self._first.trackers.scalars(values, update)
         if show:
             self._first.console.put(Shown(update, values))
+
+    def record(self, name: str, row: Mapping[str, Any]) -> None:
+        """One JSON line, with the time, to RUN/`name`; from rank 0."""
+        if self._first is not None:
+            self._first.records.put((name, _line({"time": round(time.time(), 3), **row})))
 
     def back_to(self, update: int) -> None:
         """The run goes on from here: figures of later updates are forgotten, since they are made again."""
@@ -183,7 +188,7 @@ class Logs:
         end = time.monotonic() + seconds
         files: list[Background[Any]] = [self._lines]
         if self._first is not None:
-            files.append(self._first.metrics)
+            files += [self._first.metrics, self._first.records]
         flushed = [file.flush(max(0.0, end - time.monotonic())) for file in files]
         return all(flushed)
 
@@ -194,7 +199,7 @@ class Logs:
         """The lines, and now and then one that says that this process is alive, even where training hangs."""
         if time.monotonic() >= self._alive_due:
             self._alive_due = time.monotonic() + ALIVE_SECONDS
-            pending.append(json.dumps(self._alive(), separators=(",", ":")).encode() + b"\n")
+            pending.append(_line(self._alive()))
         self._append(pending)
 
     def _tell(self, name: str, trouble: str) -> None:
@@ -245,13 +250,30 @@ class _First:
         self.metrics: Background[_Row] = Background(
             str(file.path), file.deliver, tell, _weigh_row, MOST_WAITING, file.close
         )
+        self.records: Background[tuple[str, bytes]] = Background(
+            f"{run}", _RecordFiles(run).deliver, tell, lambda item: len(item[1]), MOST_WAITING
+        )
         self.console: Background[str | Shown] = Background(
             "console", console.deliver, lambda *_: None, lambda _: 200, MOST_WAITING, console.close
         )
         self.trackers = Trackers(config.trackers, run, config.tracker_project, recipe, tell)
 
     def threads(self) -> list[Background[Any]]:
-        return [self.metrics, self.console, *self.trackers.threads.values()]
+        return [self.metrics, self.records, self.console, *self.trackers.threads.values()]
+
+
+class _RecordFiles:
+    """Lines for files in a folder, by name."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._files: dict[str, Appended] = {}
+
+    def deliver(self, pending: deque[tuple[str, bytes]]) -> None:
+        while pending:
+            name, line = pending[0]
+            self._files.setdefault(name, Appended(self._run / name)).write(line)
+            pending.popleft()
 
 
 class MetricsFile:
@@ -278,6 +300,10 @@ class MetricsFile:
             kept = [row for row in rows if _update_of(row) <= update]
             if len(kept) < len(rows):
                 write_text(self.path, "".join(f"{row}\n" for row in kept))
+
+
+def _line(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":"), default=str).encode() + b"\n"
 
 
 def _weigh_row(row: _Row) -> int:
