@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from engine.verdict import read_attempt, write_text
 from engine.zero_state import MOMENTS, Partition
 
 FORMAT_VERSION = 1
+WEIGHTS = ("master", "frozen", "buffer")  # kinds of what the model itself holds
 
 
 class TakenOver(RuntimeError):
@@ -72,14 +73,18 @@ class Checkpoint:
         for records in self._records.values():
             records.sort(key=lambda r: r.offset)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter and persistent buffer of the model."""
+        return {name: records[0].shape for name, kind, records in self._by_name() if kind in WEIGHTS}
+
     def model_state(self) -> dict[str, Tensor]:
         """Every parameter (float32) and persistent buffer of the model, whole, on the CPU."""
         state = {}
-        for key, records in self._records.items():
-            name, _, kind = key.rpartition("|")
-            if kind in ("master", "frozen", "buffer"):
-                shape = records[0].shape
-                state[name] = self._range(key, 0, torch.Size(shape).numel()).view(shape)
+        for name, kind, records in self._by_name():
+            if kind in WEIGHTS:
+                shape = torch.Size(records[0].shape)
+                state[name] = self.read(f"{name}|{kind}", 0, shape.numel()).view(shape)
         return state
 
     def load_moments(self, partition: Partition) -> None:
@@ -87,10 +92,18 @@ class Checkpoint:
         for owned in partition.slices():
             for kind in MOMENTS:
                 target: Tensor = getattr(owned, kind)
-                target.copy_(self._range(f"{owned.name}|{kind}", owned.offset, owned.numel))
+                target.copy_(self.read(f"{owned.name}|{kind}", owned.offset, owned.numel))
 
-    def _range(self, key: str, start: int, numel: int) -> Tensor:
-        """Elements `start … start + numel` of the flattened tensor, joined from the files that hold them."""
+    def read(self, key: str, start: int, numel: int) -> Tensor:
+        """Elements `start … start + numel` of a flattened tensor, joined from the files that hold them.
+
+        Args:
+            key: `NAME|master`, `NAME|exp_avg`, `NAME|exp_avg_sq`, `NAME|frozen` or `NAME|buffer`.
+            start, numel: in elements.
+
+        Raises:
+            UserError: the checkpoint does not hold all of it.
+        """
         parts, position = [], start
         for record in self._records.get(key, ()):
             low, high = max(position, record.offset), min(start + numel, record.offset + record.numel)
@@ -105,6 +118,11 @@ class Checkpoint:
                 f"{self.folder}: {key} lacks elements {position} to {start + numel}; it is not whole"
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _by_name(self) -> Iterator[tuple[str, str, list[Record]]]:
+        for key, records in self._records.items():
+            name, _, kind = key.rpartition("|")
+            yield name, kind, records
 
 
 def newest(

@@ -149,9 +149,8 @@ class FinetuneTask:
 
     def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
         """Write `model.safetensors`, `encoder.safetensors` where there is an encoder, and `plan.json`."""
-        full = {name: tensor.detach().float().cpu() for name, tensor in self.net.state_dict().items()}
-        for name, tensor in state.items():
-            full[name.removeprefix("net.")] = tensor
+        # Nothing is read from the network itself: it trains on meanwhile.
+        full = {name.removeprefix("net."): tensor for name, tensor in state.items()}
         export_model(self.net, full, folder, self._recipe, self.manifest, self.rows)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
