@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import json
 import logging
 import os
 import random
-import signal
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.recipe import EngineConfig
-from engine.verdict import LAUNCHED
+from engine.signals import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -105,21 +102,14 @@ def join(config: EngineConfig) -> World:
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        wait = timedelta(minutes=max(10.0, config.hang_minutes))
+        # Later than the watchdog, which leaves the stacks; without one, a day.
+        wait = timedelta(minutes=config.hang_minutes + 10.0 if config.hang_minutes else 1440.0)
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
             dist.init_process_group(backend, timeout=wait)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
         atexit.register(leave)
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this worker when torchrun or the launcher dies, so that none trains on alone."""
-    if sys.platform == "linux" and ({"TORCHELASTIC_RUN_ID", LAUNCHED} & os.environ.keys()):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-        if os.getppid() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave() -> None:

@@ -1,21 +1,29 @@
-"""How a launch ended: `RUN/verdict.json`, and the exit code that says the same."""
+"""How a launch ended: `RUN/verdict.json` for people, a line in the launcher's own file, and an exit code.
+
+The launcher's file is on a local disk and named by the environment, so that a verdict arrives although the
+run folder is full or gone, and two launchers of one run do not mix them up.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from engine.errors import UserError
+from engine.signals import Stopped, StopRequest, die_with_parent
 
 State = Literal["finished", "preempted", "failed", "hung", "out_of_memory"]
 USER_ERROR = 2
-LAUNCHED = "MEDFM_LAUNCHED"  # in the environment of workers whose launcher reads their verdict
+LAUNCHED = "MEDFM_LAUNCHED"
+"""In the environment of workers whose launcher reads their verdict: the file for it."""
 EXIT_CODES: dict[str, int] = {"finished": 0, "failed": 3, "preempted": 75, "hung": 4, "out_of_memory": 5}
 
 
@@ -24,11 +32,12 @@ class Verdict:
     """The end of one launch.
 
     Attributes:
-        state: finished; preempted (saved, start again); failed; hung; out_of_memory.
+        state: finished; preempted (start again to go on); failed; hung; out_of_memory.
         update: optimizer updates done.
         attempt: which launch of this run it was, from 1.
         message: one line for a person; empty when finished.
-        kind: "user" where the recipe or the input is at fault (exit code 2), else "".
+        kind: "user" where the recipe or the input is at fault (exit code 2); "unsaved" where a signal ended a
+            process before it had anything to save; else "".
     """
 
     state: State
@@ -47,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file at once, so that a reader finds the old text or the new one, and a crash leaves
     one of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with open(scratch, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -55,9 +64,26 @@ def write_text(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def write_verdict(run: Path, verdict: Verdict) -> None:
-    """Write `RUN/verdict.json`."""
-    write_text(run / "verdict.json", json.dumps(asdict(verdict)) + "\n")
+def write_verdict(run: Path | None, verdict: Verdict, *, shared: bool = True) -> None:
+    """Tell the launcher, then write `RUN/verdict.json`. A disk that fails is said and no more.
+
+    shared: False leaves the run folder to another rank.
+    """
+    tell_launcher(verdict)
+    if run is None or not shared:
+        return
+    try:
+        write_text(run / "verdict.json", json.dumps(asdict(verdict)) + "\n")
+    except OSError as error:
+        print(f"medfm: {run / 'verdict.json'} cannot be written ({error})", file=sys.stderr, flush=True)
+
+
+def tell_launcher(verdict: Verdict) -> None:
+    """Add this rank's verdict to the launcher's file, where there is one."""
+    if file := os.environ.get(LAUNCHED):
+        line = json.dumps({"rank": int(os.environ.get("RANK", "0")), "verdict": asdict(verdict)}) + "\n"
+        with suppress(OSError), open(file, "a", encoding="utf-8") as words:
+            words.write(line)
 
 
 def read_verdict(run: Path) -> Verdict | None:
@@ -77,7 +103,9 @@ def read_attempt(run: Path) -> int:
 
 
 def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
-    """Run a worker's body and turn how it ends into a verdict file and an exit code.
+    """Run a worker's body and turn how it ends into a verdict and an exit code.
+
+    A signal that comes before `train` listens ends the worker at once, with the verdict preempted.
 
     Args:
         body: loads the recipe, builds the task and calls `train`.
@@ -87,8 +115,17 @@ def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
         The documented exit code. A `UserError` is one line, printed by the launcher from the verdict, or by
         rank 0 where there is no launcher; anything else comes with its traceback.
     """
+    die_with_parent()
     try:
-        return body().exit_code
+        with StopRequest(at_once=True):
+            return body().exit_code
+    except (Stopped, KeyboardInterrupt) as stop:
+        how = f"by {stop} before it had begun" if isinstance(stop, Stopped) else "at once by Ctrl-C"
+        text = f"stopped {how}; start again to go on"
+        attempt = read_attempt(run) if run is not None else 0
+        verdict = Verdict("preempted", attempt=attempt, message=text, kind="unsaved")
+        write_verdict(run, verdict)
+        return verdict.exit_code
     except UserError as error:
         message = " ".join(str(error).split())
     except BaseException as error:
@@ -96,31 +133,42 @@ def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
         traceback.print_exc()
         return verdict.exit_code
     # By every rank: the wrong input may have been met by one of them only, and not by rank 0.
-    if run is not None:
-        write_verdict(run, Verdict("failed", attempt=read_attempt(run), message=message, kind="user"))
+    attempt = read_attempt(run) if run is not None else 0
+    write_verdict(run, Verdict("failed", attempt=attempt, message=message, kind="user"))
     if (run is None or LAUNCHED not in os.environ) and os.environ.get("RANK", "0") == "0":
         print(f"medfm: error: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
 
 
-def record_failure(run: Path | None, error: BaseException, update: int = 0) -> Verdict:
-    """Write the verdict of an exception, unless this launch has one already: the first failing rank knows the
-    cause."""
+def record_failure(run: Path | None, error: BaseException, update: int = 0, advice: str = "") -> Verdict:
+    """Write the verdict of an exception; in the run folder only where this launch has none yet: the first
+    failing rank knows the cause.
+
+    advice: what a person may do about it, added to the message.
+    """
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = f"{text}; {advice}" if advice else text
     attempt = read_attempt(run) if run is not None else 0
-    verdict = Verdict("out_of_memory" if _out_of_memory(error) else "failed", update, attempt, text)
-    if run is None:
-        return verdict
-    written = read_verdict(run)
-    if written is None or written.attempt < attempt:
-        write_verdict(run, verdict)
-        return verdict
-    return written if written.state != "finished" else verdict
+    verdict = Verdict("out_of_memory" if out_of_memory(error) else "failed", update, attempt, text)
+    written = read_verdict(run) if run is not None else None
+    first = written is None or written.attempt < attempt or written.state == "finished"
+    write_verdict(run, verdict, shared=first)
+    return verdict if first or written is None else written
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the host or the device, ran out."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
+        or any(words in str(error) for words in _OUT_OF_MEMORY)
     )
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # PyTorch's allocator of host memory
+    "Cannot allocate memory",  # the system's ENOMEM
+    "std::bad_alloc",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)

@@ -1,26 +1,29 @@
-"""Start a run's processes on this machine and say how it ended."""
+"""Train on this machine, or do this machine's part of a run on several: start, watch, start again."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import subprocess
+import json
+import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 from engine.errors import UserError
-from engine.verdict import LAUNCHED, Verdict, read_attempt, read_verdict, write_verdict
+from engine.verdict import USER_ERROR, Verdict, read_attempt, write_verdict
+from launch.meeting import Guest, Lost, Meeting, interface
+from launch.plan import Place, Plan, plan_run
+from launch.policy import Launch, Said, again, conclude
+from launch.workers import Heard, Workers
 
-RESTARTS = 3
-SHUTDOWN_SECONDS = (
-    600  # how long a save may take after a signal; torchrun's own default of 30 would lose a large one
-)
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-PR_SET_PDEATHSIG = 1
+FAILED_SECONDS = 15.0
+"""What the rest of the workers, who notice by themselves, have to write their stacks and end."""
+DONE_SECONDS = 120.0
+"""What they have after finished or preempted, for trackers that still send."""
+STACKS_SECONDS = 3.0
+"""Before workers are killed they are asked for their stacks."""
 
 
 def run_local(
@@ -32,159 +35,172 @@ def run_local(
     run: Path | str | None = None,
     env: Mapping[str, str] | None = None,
     continue_as: str | None = None,
-    restarts: int = 0,
+    restarts: int | None = None,
+    nodes: int = 1,
+    node_rank: int = 0,
+    rendezvous: str = "",
 ) -> int:
-    """Run `python -m MODULE RECIPE --run RUN [overrides]` in one or more processes and wait for the end.
+    """Run `python -m MODULE RECIPE --run RUN [overrides]` in one or more processes until it is over.
 
-    The children die with this process. SIGINT, SIGTERM and SIGUSR1 are passed on, so that the run saves and
-    ends; a second SIGINT kills it.
+    No process outlives this one. SIGINT, SIGTERM, SIGUSR1 and SIGHUP have the run save and end; a second
+    SIGINT ends it at once.
 
     Args:
         module: "pretrain" or "finetune".
         recipe: YAML file.
         overrides: recipe fields as command-line words.
-        processes: workers; more than one start under torchrun.
+        processes: workers on this host; more than one start under torchrun.
         run: run folder; the recipe's `run` field where None.
         env: added to the environment of the workers.
         continue_as: name of a new segment.
-        restarts: how often in a row a failed or hung run is started again without having saved anew; at most
-            3.
+        restarts: how often in a row a failed or hung run is started again without having saved anew; the
+            recipe's `engine.restarts` where None.
+        nodes: hosts that do this.
+        node_rank: which of them this is.
+        rendezvous: HOST:PORT of host 0.
 
     Returns:
         0 finished, 2 wrong input, 3 failed, 4 hung, 5 out of memory, 75 preempted and saved.
 
     Raises:
-        UserError: no run folder, or a number of processes below 1.
         OSError: the run folder cannot be made.
     """
-    if processes < 1:
-        raise UserError(f"--processes {processes}: at least one process is needed")
-    folder = Path(run) if run is not None else _folder_of(module, recipe, overrides)
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [str(recipe)] if recipe is not None else []
-    words += ["--run", str(folder), *overrides]
-    if continue_as is not None:
-        words += ["--continue-as", continue_as]
-    command, environment = _command(module, words, processes), _environment(processes, env)
-    failures, saved = 0, _newest(folder)
-    while True:
-        verdict, stopped = _launch(command, environment, folder)
-        failures, saved = (0, _newest(folder)) if _newest(folder) != saved else (failures, saved)
-        again = verdict.state in ("failed", "hung") and verdict.kind != "user" and not stopped
-        if not again or failures >= min(restarts, RESTARTS):
-            break
-        failures += 1
-        print(
-            f"medfm: {verdict.state} ({verdict.message}); starting again ({failures})",
-            file=sys.stderr,
-            flush=True,
-        )
+    try:
+        plan = plan_run(
+            module, recipe, overrides, processes, run=run, segment=continue_as, nodes=nodes,
+            node_rank=node_rank, rendezvous=rendezvous, restarts=restarts, environment=env,
+        )  # fmt: skip
+        verdict = launch(plan)
+    except UserError as error:
+        print(f"medfm: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return USER_ERROR
     if verdict.kind == "user":
         print(f"medfm: error: {verdict.message}", file=sys.stderr, flush=True)
     elif verdict.state != "finished":
-        print(
-            f"medfm: {verdict.state} at update {verdict.update}: {verdict.message}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say(f"{verdict.state} at update {verdict.update}: {verdict.message}")
     return verdict.exit_code
 
 
-def _launch(command: Sequence[str], environment: Mapping[str, str], run: Path) -> tuple[Verdict, bool]:
-    """One launch: its verdict, and whether this process was told to stop it."""
-    (run / "verdict.json").unlink(missing_ok=True)
-    before = read_attempt(run)
-    # A session of its own: Ctrl-C in the terminal reaches the workers once, through the forwarding below.
-    with subprocess.Popen(
-        command, env=dict(environment), start_new_session=True, preexec_fn=_die_with_parent
-    ) as child:
-        with _forwarding(child) as received:
-            code = child.wait()
-        _sweep(child.pid)
-    verdict = read_verdict(run)
-    if verdict is None:
-        attempt = max(before, read_attempt(run))
-        if received and attempt == before:
-            verdict = Verdict("preempted", 0, attempt, "stopped before it had begun; start again to go on")
-        else:
-            text = f"a worker ended without a word (exit code {code}); see {run / 'logs'} and the output"
-            verdict = Verdict("failed", attempt=attempt, message=text)
-        write_verdict(run, verdict)
-    return verdict, bool(received)
+def launch(plan: Plan) -> Verdict:
+    """Launch a plan, again and again as its policy says; returns the last verdict.
+
+    Raises:
+        UserError: the rendezvous cannot be used.
+    """
+    plan.run.mkdir(parents=True, exist_ok=True)
+    with Heard() as heard:
+        if plan.node_rank == 0:
+            with Meeting(plan) as meeting:
+                return _lead(plan, meeting, heard)
+        with Guest(plan) as guest:
+            return _follow(plan, guest, heard)
 
 
-@contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass signals on to the child while it runs; yields the list of those received."""
-    received: list[int] = []
+def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
+    """Host 0, or the only one: decides and keeps the book, RUN/launches.jsonl."""
+    saved_before, launches = _newest(plan.run), list[Launch]()
+    while True:
+        place = meeting.gather(lambda: heard.stop)
+        if place is None:
+            return launches[-1].verdict if launches else _NOT_BEGUN
+        before, began = read_attempt(plan.run), time.time()
+        with suppress(OSError):
+            (plan.run / "verdict.json").unlink(missing_ok=True)
+        said, oom_killed = _do_part(plan, place, meeting, heard)
+        others, lost = meeting.reports()
+        verdict = conclude([*said, *others], told=heard.stop, oom_killed=oom_killed, lost=lost)
+        attempt = max(before, read_attempt(plan.run), verdict.attempt)
+        verdict = Verdict(**{**asdict(verdict), "attempt": attempt})
+        launches.append(Launch(verdict, _newest(plan.run), heard.stop))
+        more, why = again(launches, plan.restarts, saved_before)
+        meeting.tell(verdict, more)
+        write_verdict(plan.run, verdict)
+        _write_down(plan, place, began, verdict, more)
+        if not more:
+            if why:
+                _say(why)
+            return verdict
+        _say(f"{verdict.state} at update {verdict.update} ({verdict.message}); {why}")
 
-    def forward(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        if received.count(signal.SIGINT) > 1:
-            os.killpg(child.pid, signal.SIGKILL)
-        elif child.poll() is None:
-            child.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+def _follow(plan: Plan, guest: Guest, heard: Heard) -> Verdict:
+    """Another host: does its part and hears from host 0 what it came to."""
+    verdict = _NOT_BEGUN
+    while (place := guest.gather(lambda: heard.stop)) is not None:
+        said, _ = _do_part(plan, place, guest, heard)
+        try:
+            verdict, more = guest.report(said)
+        except Lost as lost:
+            # Not a failure of the training: host 0, once it is heard again, says how it goes on.
+            verdict, more = conclude(said, told=heard.stop, lost=str(lost)), not heard.stop
+            _say(f"{lost}; waiting for it")
+        if not more:
+            break
+    return verdict
+
+
+def _do_part(plan: Plan, place: Place, hosts: Meeting | Guest, heard: Heard) -> tuple[list[Said], bool]:
+    """One launch's processes on this host: what they said, and whether the kernel ended one for lack of
+    memory."""
+    environment = plan.host_environment()
+    # Left to itself gloo asks for this machine's name, which may lead to another interface or nowhere.
+    if name := interface(place.address):
+        environment.setdefault("GLOO_SOCKET_IFNAME", name)
+    with Workers(plan.command(place), environment) as workers:
+        asked, end, stacks = False, float("inf"), False
+        while workers.running:
+            time.sleep(0.1)
+            if heard.now:
+                workers.kill()
+            elif heard.stop and not asked:
+                asked, end = True, min(end, time.monotonic() + plan.patience)
+                workers.stop()
+            patience = _patience(workers, hosts)
+            end = min(end, time.monotonic() + patience)
+            if time.monotonic() > end - STACKS_SECONDS and not stacks:
+                stacks = True
+                workers.write_stacks()
+            if time.monotonic() > end:
+                workers.kill()
+        return workers.said(), workers.oom_killed
+
+
+def _patience(workers: Workers, hosts: Meeting | Guest) -> float:
+    """Seconds that the processes still have: without end unless one of them, or another host, has ended."""
+    said = workers.said()
+    if any(one.verdict and one.verdict.state in ("finished", "preempted") for one in said):
+        return DONE_SECONDS
+    return FAILED_SECONDS if said or workers.one_gone() or hosts.trouble() else float("inf")
+
+
+def _write_down(plan: Plan, place: Place, began: float, verdict: Verdict, more: bool) -> None:
+    """Add a line to RUN/launches.jsonl; only host 0 writes there."""
+    line = {
+        "attempt": verdict.attempt,
+        "host": socket.gethostname(),
+        "nodes": place.nodes,
+        "processes": plan.processes * place.nodes,
+        "start": round(began, 3),
+        "end": round(time.time(), 3),
+        "verdict": asdict(verdict),
+        "restart": more,
+    }
     try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _sweep(group: int) -> None:
-    """Kill what is left of the child's process group."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    """In the child: ask the kernel for SIGKILL when the launcher dies (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _command(module: str, words: Sequence[str], processes: int) -> list[str]:
-    if processes == 1:
-        return [sys.executable, "-m", module, *words]
-    options = [
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        "--signals-to-handle",
-        "SIGTERM,SIGINT,SIGUSR1",
-    ]
-    options += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
-    return [sys.executable, "-m", "launch.elastic", *options, "-m", module, *words]
-
-
-def _environment(processes: int, env: Mapping[str, str] | None) -> dict[str, str]:
-    """This process's environment, with threads shared out and torchrun's own log lines off."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    inherited = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
-    }
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // processes)),
-        "LOGLEVEL": "CRITICAL",
-        LAUNCHED: "1",
-    }
-    return {**defaults, **inherited, **(env or {})}
+        with open(plan.run / "launches.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        _say(f"{plan.run / 'launches.jsonl'} cannot be written ({error})")
 
 
 def _newest(run: Path) -> str:
-    return max((p.name for p in (run / "checkpoints").glob("update-*")), default="")
+    """Name of the newest whole checkpoint; "" for none, and where the run folder cannot be read."""
+    with suppress(OSError):
+        return max((p.parent.name for p in (run / "checkpoints").glob("update-*/complete.json")), default="")
+    return ""
 
 
-def _folder_of(module: str, recipe: Path | str | None, overrides: Sequence[str]) -> Path:
-    """The run folder a recipe names."""
-    from engine.recipe import load_recipe
+def _say(text: str) -> None:
+    print(f"medfm: {text}", file=sys.stderr, flush=True)
 
-    if module == "pretrain":
-        from pretrain.recipe import PretrainRecipe as Schema
-    else:
-        from finetune.recipe import FinetuneRecipe as Schema  # type: ignore[assignment]
-    if folder := getattr(load_recipe(recipe, overrides, Schema), "run", ""):
-        return Path(folder)
-    raise UserError(f"{recipe}: no run folder; set `run` in the recipe or give --run DIR")
+
+_NOT_BEGUN = Verdict("preempted", message="stopped before it had begun; start again to go on", kind="unsaved")
