@@ -20,7 +20,7 @@ from engine.errors import UserError
 from model.plan import AdaptationPlan
 from model.weights import ENCODER_PREFIX, save_encoder
 from pretrain.batch import Batch, Collate
-from pretrain.cost import step_flops
+from pretrain.cost import activation_bytes, step_flops
 from pretrain.mae import MaskedAutoencoder
 from pretrain.pictures import save
 from pretrain.quality import Quality, voxel_dtype
@@ -74,6 +74,16 @@ class PretrainTask:
         """Operations of forward and backward of an update over all ranks."""
         recipe = self._recipe
         return recipe.mixture.groups * step_flops(recipe.encoder, recipe.objective, self.order.composition)
+
+    batch_fields = "mixture.rows_per_group or tokens.slots"
+
+    def activation_bytes(self, checkpointing: bool) -> int:
+        """Most bytes of activations in a micro-step of a rank."""
+        recipe = self._recipe
+        return activation_bytes(
+            recipe.encoder, recipe.objective, self.order.composition,
+            element=2 if recipe.engine.precision == "bf16" else 4, checkpointing=checkpointing,
+        )  # fmt: skip
 
     @property
     def tokens_per_update(self) -> int:
