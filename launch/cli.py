@@ -163,6 +163,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=EXPORT_FORMATS, default="safetensors", metavar="safetensors")
     p.add_argument("--out", required=True, metavar="DIR")
 
+    p = commands.add_parser(
+        "status",
+        help="how a run fares, told from its folder: speed, losses, checkpoints, and why it ended",
+    )
+    p.add_argument("run_folder", metavar="RUN")
+    p.add_argument("--json", action="store_true", help="one JSON object for programs")
+    p.add_argument("--follow", action="store_true", help="look again until the run is over")
+    p.add_argument(
+        "--poll", type=float, default=2.0, metavar="SECONDS", help="between looks of --follow; default 2"
+    )
+
     commands.add_parser("doctor", help="what on this machine will stop a run")
     return top
 
@@ -324,6 +335,10 @@ def _run(argv: Sequence[str]) -> int:
         from launch.doctor import doctor
 
         return doctor()
+    if args.command == "status":
+        from launch.status_text import status
+
+        return status(args)
     if args.command == "probe":
         from launch.probe import probe
 
