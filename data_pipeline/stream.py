@@ -315,7 +315,7 @@ class Stream(Generic[Batch]):
         except RuntimeError as error:
             self.close()
             if "DataLoader worker (pid" in str(error):
-                raise UserError(
+                raise RuntimeError(  # not the input's fault: a run that is started again may go on
                     "a loader worker was killed, often for lack of memory or /dev/shm; lower engine.workers"
                 ) from error
             raise
@@ -410,13 +410,15 @@ def _freeze(streams: int) -> None:
 def _start_worker(closing: Any, parent: int, tied: bool, _worker: int) -> None:
     """One thread, and no death by the signals that end a job: the batches for the last save must still come.
 
-    A scheduler signals every process of a job. SIGINT is ignored; SIGTERM is heeded only once the stream is
-    closing. When the parent dies the kernel kills the worker (where it was started from the parent's main
-    thread, to whose life Linux ties it), else the loader's own watchdog ends it within seconds.
+    A scheduler signals every process of a job, or any one. SIGINT is ignored; SIGTERM and SIGUSR1 are passed
+    on to a parent that handles them, and SIGTERM is heeded once the stream is closing. When the parent dies
+    the kernel kills the worker (where it was started from the parent's main thread, to whose life Linux ties
+    it), else the loader's own watchdog ends it within seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        handled = callable(signal.getsignal(number))  # what the parent does with it
+        signal.signal(number, partial(_pass_on, closing, parent if handled else 0))
     if tied and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -424,6 +426,15 @@ def _start_worker(closing: Any, parent: int, tied: bool, _worker: int) -> None:
             os._exit(0)
     torch.set_num_threads(1)
     _keep_freed_memory()
+
+
+def _pass_on(closing: Any, parent: int, number: int, _frame: object) -> None:
+    """In a worker: a signal that asks for the end of the job."""
+    if not closing.value:
+        if os.getppid() == parent:
+            os.kill(parent, number)
+    elif number == signal.SIGTERM:
+        os._exit(0)
 
 
 def _keep_freed_memory() -> None:

@@ -62,8 +62,10 @@ def conclude(
     died = [one for one in said if one.code and -one.code not in _POLITE and not _spoke(one, said)]
     # torchrun ends the others with SIGTERM, then SIGKILL, once one has failed: that one comes first.
     killed = next((one for one in died if one.code == -signal.SIGKILL), None)
-    if oom_killed and killed:
-        text = f"rank {killed.rank} was killed by the kernel because the machine ran out of memory"
+    loader = any("loader worker was killed" in v.message for v in verdicts)
+    if oom_killed and (killed or loader):
+        who = f"rank {killed.rank}" if killed else "a loader worker"
+        text = f"{who} was killed by the kernel because the machine ran out of memory"
         return Verdict("out_of_memory", update, message=text)
     trouble = [v for v in verdicts if v.state in ("failed", "hung")]
     causes = [v for v in trouble if v.state == "hung" or not _SYMPTOM.search(v.message)]
@@ -138,7 +140,7 @@ def _death(one: Said) -> str:
 
 
 _POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_OUTSIDE = re.compile(r"killed by SIGKILL|^host ")
+_OUTSIDE = re.compile(r"killed by SIGKILL|loader worker was killed|^host ")
 _SYMPTOM = re.compile(
     r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|DistBackendError|DistNetworkError|gloo/transport"
 )

@@ -229,14 +229,28 @@ def test_too_much_damage_ends_with_one_line(root: Path, damaged: str, workers: i
     assert next(stream, None) is None
 
 
-def test_a_killed_worker_is_one_line(root: Path) -> None:
+def test_a_killed_worker_is_a_failure_that_another_start_may_mend(root: Path) -> None:
     stream = a_stream(root, workers=1)
     worker = next(stream)["worker"]
     os.kill(worker, signal.SIGKILL)
     for _ in range(50):
         time.sleep(0.01)  # the training process, a save for instance, is not interrupted
-    with pytest.raises(UserError, match="worker was killed"):
+    with pytest.raises(RuntimeError, match="worker was killed"):
         list(itertools.islice(stream, 50))
+
+
+def test_workers_pass_the_signals_that_end_a_job_on_to_a_parent_that_hears_them(root: Path) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        with a_stream(root, workers=1) as stream:
+            os.kill(next(stream)["worker"], signal.SIGUSR1)
+            for _ in itertools.islice(stream, 500):
+                if heard:
+                    break
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1]
 
 
 def test_workers_outlive_the_signals_that_end_a_job(root: Path) -> None:
