@@ -30,7 +30,7 @@ from torch import Tensor
 from engine.distributed import World
 from engine.errors import UserError
 from engine.tensor_file import HASH, entry_of, flush
-from engine.verdict import read_attempt, write_text
+from engine.verdict import read_attempt
 from engine.zero_state import MOMENTS, Partition
 
 FORMAT_VERSION = 1
@@ -215,9 +215,10 @@ def seal(
     Raises:
         OSError, UserError: the disk did not take it, or a rank's file is not there.
     """
-    write_text(
-        scratch / "state.json", json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1) + "\n"
-    )
+    for name, entry in files.items():
+        if (size := (scratch / name).stat().st_size) != entry["size"]:
+            raise OSError(f"{scratch / name} has {size} bytes here instead of {entry['size']}")
+    _write(scratch / "state.json", {"format_version": FORMAT_VERSION, **state})
     export(Checkpoint(scratch).model_state(), scratch)
     listed = dict(files)
     for path in sorted(scratch.rglob("*")):
@@ -226,7 +227,7 @@ def seal(
             flush(path)
             if path.is_file():
                 listed[name] = entry_of(path)
-    write_text(scratch / "complete.json", json.dumps({"hash": HASH, "files": listed}, indent=1) + "\n")
+    _write(scratch / "complete.json", {"hash": HASH, "files": listed})
     flush(scratch)
 
 
@@ -308,6 +309,12 @@ def set_aside(run: Path, after: int, label: str) -> list[str]:
     if names:
         flush(run / "checkpoints")
     return names
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """JSON, in a folder that is there: one that was deleted is not made again."""
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    flush(file)
 
 
 def _remove(folder: Path) -> None:

@@ -38,7 +38,7 @@ from engine.zero_state import Partition
 
 FIRST_RETRY = 10  # updates after a failed save until it is tried again; doubled with every failure
 LEAST_PATIENCE = 30.0  # seconds without a byte written before a save on its way counts as stuck
-LONGEST_PAUSE = 30.0  # seconds between tries of the last save of a launch
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between tries of the last save of a launch
 NICENESS = 10  # of the threads that write, so that they take the processors that training leaves idle
 
 
@@ -187,7 +187,7 @@ class Saver:
             *sums, unmoved = self.world.sum([*self.progress(), float(still)])
             self.hear(sums)
             if unmoved == self.world.size:
-                save.given_up = True
+                save.given_up, self._phase = True, "stopping"
                 what = f"the storage took nothing of update {save.update} for {patience:.0f} s"
                 self.failure = f"{what} ({self.failure})" if self.failure else what
                 return self.failure
@@ -210,7 +210,7 @@ class Saver:
             Nothing, or why it could not be saved.
         """
         wanted = (int(state["update"]), int(state["position"]))
-        ends, pause = time.monotonic() + 60.0 * self.config.save_minutes, 1.0
+        ends, pause = time.monotonic() + 60.0 * self.config.save_minutes, FIRST_PAUSE
         first = True
         try:
             while True:
