@@ -51,6 +51,13 @@ class Batches:
         waited, self._waited = self._waited, 0.0
         return waited
 
+    def close(self) -> None:
+        """End the source and its workers; batches that were drawn ahead are forgotten."""
+        self._ahead.clear()
+        close = getattr(self.source, "close", None)
+        if callable(close):
+            close()
+
     def _draw(self) -> Any:
         asked = time.perf_counter()
         batch = next(self.source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,23 +39,31 @@ class Evaluation:
         self._began = time.monotonic()
         self._spent = self._last = 0.0
 
-    def run_if_due(self, update: int) -> None:
-        """After update `update`: evaluate where that is due and affordable; the last update always is."""
+    def run_if_due(self, update: int, beat: Callable[[], None]) -> bool:
+        """After update `update`: evaluate where that is due and affordable; the last update always is.
+
+        beat: called before and after, for the watchdog. Returns whether it evaluated.
+        """
         config = self.config
         if update != config.updates:
             if not config.evaluate_every or update % config.evaluate_every or not config.evaluate_share:
-                return
+                return False
             share = self.world.from_first(self._share_with_another())
             if share > config.evaluate_share:
                 self.logs.say(
                     f"update {update}: evaluation put off; with it they would take {share:.1%} of the time "
                     f"(engine.evaluate_share {config.evaluate_share:g})"
                 )
-                return
+                return False
+        beat()
+        self.logs.event("evaluate", update=update)
         began = time.monotonic()
         self._run(update)
         self._last = time.monotonic() - began
         self._spent += self._last
+        self.logs.event("evaluate", update=update, seconds=round(self._last, 3))
+        beat()
+        return True
 
     def _share_with_another(self) -> float:
         """Share of the run's time after one more evaluation; 0 before the first."""

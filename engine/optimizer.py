@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,13 +10,10 @@ from torch import nn
 
 from engine.distributed import World, import_deepspeed
 from engine.errors import UserError
+from engine.memory import BUCKET
 from engine.recipe import EngineConfig
 from engine.task import Task
 from engine.zero_state import Partition, partition_of
-
-BUCKET = (
-    50_000_000  # elements reduced at a time; DeepSpeed's default of 5e8 would cost 2 GB of buffer per rank
-)
 
 
 class Autocast(nn.Module):
@@ -50,7 +46,6 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
             "weights at each call; use stage 0, 1 or 2"
         )
     deepspeed = import_deepspeed()
-    names: Mapping[nn.Parameter, str] = {p: n for n, p in task.model.named_parameters()}
     groups = [g for g in task.optimizer_groups() if g["params"]]
     adam = torch.optim.AdamW(
         groups,
@@ -60,7 +55,7 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
         weight_decay=config.weight_decay,
         fused=True,
     )
-    numel = sum(p.numel() for p in names)
+    numel = sum(p.numel() for p in task.model.parameters())
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
         zero["reduce_bucket_size"] = min(BUCKET, max(numel, 1024))
@@ -79,7 +74,7 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
     }
     model = Autocast(task.model, world.device, config.precision == "bf16").to(world.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
-    return engine, partition_of(engine, names, config.zero_stage, world.rank, world.size)
+    return engine, partition_of(engine, task.model, config.zero_stage, world.rank, world.size)
 
 
 def whole_model(engine: Any, stage: int) -> AbstractContextManager[Any]:

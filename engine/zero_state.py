@@ -3,19 +3,23 @@
 Whatever the ZeRO stage, a rank owns some flat ranges of some parameters, with their float32 master and both
 Adam moments. This file is the only one that knows where DeepSpeed keeps them. It also applies an update, or
 drops it: DeepSpeed judges overflow differently at each stage (not at all at stage 0 in float32), so the
-engine judges once and tells it.
+engine judges once and tells it. And it puts a checkpoint back: when a run resumes, and when it goes back.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,18 +43,23 @@ class Partition(ABC):
 
     Args:
         engine: the DeepSpeed engine, before its first update.
-        names: parameter -> name, of the task's model.
+        model: the task's, which the engine wraps.
         rank, world: this process and the number of them.
     """
 
-    def __init__(self, engine: Any, names: Mapping[nn.Parameter, str], rank: int, world: int) -> None:
-        self.engine, self.names, self.rank, self.world = engine, names, rank, world
+    def __init__(self, engine: Any, model: nn.Module, rank: int, world: int) -> None:
+        self.engine, self.model, self.rank, self.world = engine, model, rank, world
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.adam: torch.optim.Optimizer = engine.basic_optimizer
         self._prepare()
 
     @abstractmethod
     def slices(self) -> Iterator[Slice]:
         """Every slice this rank owns; over all ranks they cover each trainable parameter once."""
+
+    def held(self) -> Iterator[Slice]:
+        """Every slice this rank steps, its own or not."""
+        return self.slices()
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
@@ -68,10 +77,28 @@ class Partition(ABC):
     def drop(self) -> None:
         """Forget the gradient: no weight, moment or step count changes."""
 
-    def set_steps(self, steps: int) -> None:
-        """Set Adam's step count (its bias correction) everywhere."""
+    @torch.no_grad()
+    def load(self, found: Checkpoint) -> None:
+        """Put back masters, moments, step count, parameters and buffers, on all ranks together; between two
+        updates.
+
+        Raises:
+            UserError: the checkpoint lacks elements of a parameter.
+        """
+        for part in self.held():
+            for kind in ("master", *MOMENTS):
+                target: Tensor = getattr(part, kind)
+                target.copy_(found.read(f"{part.name}|{kind}", part.offset, part.numel))
         for parameter in self.flat_parameters():
-            self.adam.state[parameter]["step"].fill_(float(steps))
+            # Of Adam, for its bias correction.
+            self.adam.state[parameter]["step"].fill_(float(found.state["update"]))
+        for name, buffer in persistent_buffers(self.model):
+            buffer.copy_(found.read(f"{name}|buffer", 0, buffer.numel()).view_as(buffer))
+        self._show_masters()
+
+    @abstractmethod
+    def _show_masters(self) -> None:
+        """Copy the masters to the parameters that the model computes with, where these are others."""
 
     def _prepare(self) -> None:
         """Make AdamW's state now instead of at its first step, so that it can be saved and loaded at any
@@ -99,15 +126,21 @@ class Replicated(Partition):
     def flat_parameters(self) -> list[Tensor]:
         return [p for group in self.adam.param_groups for p in group["params"]]
 
-    def _owned(self) -> list[nn.Parameter]:
-        return [p for p in self.names if p.requires_grad][self.rank :: self.world]
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.names if p.requires_grad]
 
     def slices(self) -> Iterator[Slice]:
-        for p in self._owned():
+        return islice(self.held(), self.rank, None, self.world)
+
+    def held(self) -> Iterator[Slice]:
+        for p in self._trained():
             yield self._slice(p, p.shape, 0, p, 0, p.numel())
 
+    def _show_masters(self) -> None:
+        """They are the parameters."""
+
     def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._owned() if p.grad is not None]
+        return [p.grad for p in self._trained()[self.rank :: self.world] if p.grad is not None]
 
     def apply(self, scale: float) -> None:
         if scale != 1.0:
@@ -140,6 +173,9 @@ class Sharded(Partition):
     def gradients(self) -> list[Tensor]:
         averaged = self.engine.optimizer.averaged_gradients
         return [g for group in averaged.values() if group is not None for g in group if g is not None]
+
+    def _show_masters(self) -> None:
+        self.engine.optimizer.update_lp_params()
 
     def apply(self, scale: float) -> None:
         if scale != 1.0:
@@ -178,6 +214,19 @@ class Scattered(Partition):
         averaged = self.engine.optimizer.averaged_gradients
         return [g for group in averaged.values() if group is not None for g in group if g is not None]
 
+    def load(self, found: Checkpoint) -> None:
+        # Small parameters stay whole between updates; they are gathered again when they are next used.
+        self.engine.optimizer._partition_all_parameters()
+        super().load(found)
+
+    @torch.no_grad()
+    def _show_masters(self) -> None:
+        zero = self.engine.optimizer
+        for parts, masters in zip(
+            zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
+        ):
+            parts.copy_(masters)
+
     def apply(self, scale: float) -> None:
         if scale != 1.0:
             torch._foreach_mul_(self.gradients(), scale)
@@ -197,9 +246,13 @@ class Scattered(Partition):
             del zero._get_norm_groups
 
 
-def partition_of(
-    engine: Any, names: Mapping[nn.Parameter, str], stage: int, rank: int, world: int
-) -> Partition:
+def partition_of(engine: Any, model: nn.Module, stage: int, rank: int, world: int) -> Partition:
     """The partition of a DeepSpeed engine at a ZeRO stage."""
     kind = Replicated if stage == 0 else Scattered if stage == 3 else Sharded
-    return kind(engine, names, rank, world)
+    return kind(engine, model, rank, world)
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong to a model's state."""
+    kept = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)

@@ -15,11 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_worker import ToyRecipe, ToyTask
 
-from engine import train as loop
 from engine.distributed import World, import_deepspeed, join
 from engine.hardware import matmul_rate
 from engine.metrics import Sums
 from engine.recipe import EngineConfig
+from engine.train import train
+from engine.update import Updates
 
 aten = torch.ops.aten
 READING_OPERATORS = {
@@ -83,19 +84,19 @@ def train_toy(
     run: Path, stage: int, watch: Any, device: str = "cpu", flops: int = 0
 ) -> list[dict[str, float]]:
     """Four updates of the toy task, each inside `watch()`; returns what was logged."""
-    inner = loop._Loop._update
+    inner = Updates.make
 
-    def update(self: Any, *arguments: Any) -> Any:
-        with watch(self.progress.position):
-            return inner(self, *arguments)
+    def make(self: Any, progress: Any, *arguments: Any) -> Any:
+        with watch(progress.position):
+            return inner(self, progress, *arguments)
 
     config = EngineConfig(updates=4, zero_stage=stage, device=device, log_every=1, clip=0.1)  # type: ignore[arg-type]
     task = ToyTask(ToyRecipe(engine=config, nan_at=(2,)), run)
     if flops:
         task.flops_per_update = flops  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Loop, "_update", update)
-        assert loop.train(task, config, run).state == "finished"
+        patch.setattr(Updates, "make", make)
+        assert train(task, config, run).state == "finished"
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
