@@ -186,9 +186,8 @@ class Logs:
     def flush(self, seconds: float) -> bool:
         """Wait, at most so long, until what was logged is on disk; says whether it is."""
         end = time.monotonic() + seconds
-        files: list[Background[Any]] = [self._lines]
-        if self._first is not None:
-            files += [self._first.metrics, self._first.records]
+        remote = ("wandb", "mlflow")
+        files = [thread for thread in self._threads() if thread.name not in remote]
         flushed = [file.flush(max(0.0, end - time.monotonic())) for file in files]
         return all(flushed)
 
