@@ -342,12 +342,14 @@ class _Work:
     """
 
     def __init__(self, body: Callable[[], None] | None, error: BaseException | None = None) -> None:
-        self.body, self.error = body, error
-        self.ended = threading.Event()
-        if body is None:
-            self.ended.set()
-        else:
-            threading.Thread(target=self._run, args=(body,), name="saver", daemon=True).start()
+        self.error, self.ended = error, threading.Event()
+        if body is not None:
+            try:
+                threading.Thread(target=self._run, args=(body,), name="saver", daemon=True).start()
+                return
+            except RuntimeError as refused:  # the system has no more threads
+                self.error = refused
+        self.ended.set()
 
     @property
     def running(self) -> bool:

@@ -5,71 +5,43 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import load_file
+from saving import CPU, SHAPES, Part, begin_launch, kept, ranks, store
 
 from engine import checkpoint
-from engine.distributed import World, join
+from engine.distributed import World
 from engine.errors import UserError
-from engine.recipe import EngineConfig
 from engine.snapshot import Snapshot
-from engine.tensor_file import entry_of, write_tensors
+from engine.tensor_file import DTYPES, entry_of, write_tensors
 from engine.verdict import write_text
-from engine.zero_state import Slice
-
-SHAPES = {"stem.weight": (3, 5), "norm.bias": (7,), "gate": (), "empty": (0, 4)}
+from engine.zero_state import MOMENTS
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return join(EngineConfig(device="cpu"))
+    return ranks(1)[0]
 
 
-class Cut:
-    """A partition that owns `[low, high)` of every parameter's flat elements, as shares of 12ths."""
-
-    def __init__(self, low: int, high: int, seed: float = 0.0) -> None:
-        self.whole = {
-            n: [torch.arange(torch.Size(s).numel()).float() + seed + k for k in (0.0, 0.25, 0.5)]
-            for n, s in SHAPES.items()
-        }
-        self.low, self.high = low, high
-
-    def slices(self) -> Iterator[Slice]:
-        for name, shape in SHAPES.items():
-            total = torch.Size(shape).numel()
-            start, end = total * self.low // 12, total * self.high // 12
-            if start < end or (total == 0 and self.low == 0):
-                views = [t[start:end] for t in self.whole[name]]
-                yield Slice(name, shape, start, end - start, *views)
-
-
-def write_rank(file: Path, partition: Cut) -> None:
-    snapshot = Snapshot(partition, {}, torch.device("cpu"))  # type: ignore[arg-type]
-    snapshot.take(partition, {})  # type: ignore[arg-type]
+def write_rank(file: Path, partition: Part) -> None:
+    owned: Any = partition
+    snapshot = Snapshot(owned, {}, CPU)
+    snapshot.take(owned, {})
     write_tensors(file, snapshot.tensors, snapshot.metadata)
-
-
-def no_export(state: dict[str, Tensor], folder: Path) -> None:
-    (folder / "plan.json").write_text("{}")
-
-
-def store(run: Path, world: World, update: int, attempt: int = 1, seed: float = 0.0) -> Path:
-    whole = {"mean|buffer": torch.tensor([1.5, float(update)], dtype=torch.float64)}
-    return checkpoint.save(run, world, attempt, Cut(0, 12, seed), {"update": update}, whole, no_export)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def run(tmp_path: Path, world: World) -> Path:
-    write_text(tmp_path / "attempt", "1\n")
-    store(tmp_path, world, 10)
-    store(tmp_path, world, 20)
+    begin_launch(tmp_path)
+    store(tmp_path, 10)
+    store(tmp_path, 20)
     return tmp_path
 
 
@@ -81,28 +53,57 @@ def test_any_layout_reads_any_other(
     folder = tmp_path_factory.mktemp("cut")
     edges = [0, *sorted(set(a)), 12]
     for rank, (low, high) in enumerate(itertools.pairwise(edges)):
-        write_rank(folder / f"rank-{rank:05d}.safetensors", Cut(low, high))
+        write_rank(folder / f"rank-{rank:05d}.safetensors", Part(low, high))
     (folder / "state.json").write_text("{}")
     stored = checkpoint.Checkpoint(folder)
-    truth = Cut(0, 12)
+    truth = Part(0, 12)
     for name, tensor in stored.model_state().items():
         assert tensor.shape == SHAPES[name]
         assert torch.equal(tensor.flatten(), truth.whole[name][0])
     edges = [0, *sorted(set(b)), 12]
     for low, high in itertools.pairwise(edges):
-        reader = Cut(low, high, seed=99.0)
-        stored.load_moments(reader)  # type: ignore[arg-type]
-        for owned in reader.slices():
-            for kind, source in zip(checkpoint.MOMENTS, truth.whole[owned.name][1:], strict=True):
-                assert torch.equal(getattr(owned, kind), source[owned.offset : owned.offset + owned.numel])
-            assert bool((owned.master >= 99.0).all())
+        for owned in Part(low, high).slices():
+            for kind, source in zip(("master", *MOMENTS), truth.whole[owned.name], strict=True):
+                part = stored.read(f"{owned.name}|{kind}", owned.offset, owned.numel)
+                assert torch.equal(part, source[owned.offset : owned.offset + owned.numel])
+    assert stored.shapes == SHAPES
 
 
 def test_newest_is_found_and_buffers_keep_their_type(run: Path, world: World) -> None:
     found = checkpoint.newest(run, world, pytest.fail)
     assert found is not None
     assert found.state["update"] == 20
-    assert torch.equal(found.model_state()["mean"], torch.tensor([1.5, 20.0], dtype=torch.float64))
+    assert torch.equal(found.model_state()["mean"], torch.tensor([1.5, 2.5], dtype=torch.float64))
+
+
+def test_a_run_that_goes_back_asks_for_an_older_one(run: Path, world: World) -> None:
+    for at_most, update in ((20, 20), (19, 10), (10, 10)):
+        found = checkpoint.newest(run, world, pytest.fail, at_most)
+        assert found is not None
+        assert found.state["update"] == update
+    assert checkpoint.newest(run, world, pytest.fail, 9) is None
+
+
+def test_what_a_run_went_back_from_is_kept_but_not_resumed_from(run: Path, world: World) -> None:
+    store(run, 30)
+    assert checkpoint.set_aside(run, 10, "bad") == ["bad-update-00000030", "bad-update-00000020"]
+    assert checkpoint.set_aside(run, 10, "bad") == []
+    store(run, 20, seed=5.0, keep_last=1)
+    assert checkpoint.set_aside(run, 10, "bad") == ["bad-update-00000020"]  # a second time
+    assert kept(run) == ["bad-update-00000020", "bad-update-00000030"]
+    assert (
+        float(checkpoint.Checkpoint(run / "checkpoints" / "bad-update-00000020").model_state()["gate"]) == 5
+    )
+    begin_launch(run)
+    assert len(kept(run)) == 2
+    assert checkpoint.newest(run, world, pytest.fail) is None
+
+
+def test_a_part_that_is_not_there_is_an_error(run: Path) -> None:
+    found = checkpoint.Checkpoint(run / "checkpoints" / "update-00000020")
+    for key, start, numel in (("gate|master", 0, 2), ("stem.weight|master", 14, 2), ("nothing|master", 0, 1)):
+        with pytest.raises(UserError, match="it is not whole"):
+            found.read(key, start, numel)
 
 
 def test_an_empty_run_has_none(tmp_path: Path, world: World) -> None:
@@ -137,6 +138,57 @@ def hurt(file: Path, damage: str) -> None:
         file.write_bytes({"flip": flipped, "truncate": content[:-3], "empty": b""}[damage])
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_any_flipped_bit_is_found(
+    one_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, name: str, where: float, bit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("flipped") / "update-00000010"
+    shutil.copytree(one_checkpoint, folder)
+    content = bytearray((folder / name).read_bytes())
+    content[int(where * len(content))] ^= 1 << bit
+    (folder / name).write_bytes(content)
+    if not checkpoint.fault(folder):
+        assert name == "complete.json"  # a space that became another
+        assert json.loads(content) == json.loads((one_checkpoint / name).read_bytes())
+
+
+@pytest.fixture(scope="module")
+def one_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    begin_launch(run)
+    return store(run, 10)
+
+
+def test_a_file_that_cannot_be_read_is_named(run: Path) -> None:
+    folder = run / "checkpoints" / "update-00000020"
+    (folder / "plan.json").unlink()
+    (folder / "plan.json").symlink_to("/proc/self/mem")
+    assert checkpoint.fault(folder).startswith("plan.json ")
+
+
+def test_a_stream_is_a_safetensors_file_with_the_hash_of_its_bytes(tmp_path: Path) -> None:
+    """Of every type, of odd sizes, in more than one block."""
+    tensors = {f"of {dtype}": torch.arange(13).to(dtype) for dtype in DTYPES}
+    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5), "mät 2": torch.rand(3, 700_001)}
+    entry = write_tensors(tmp_path / "stream", tensors, {"about": "ü"})
+    assert entry == entry_of(tmp_path / "stream")
+    assert entry["size"] == (tmp_path / "stream").stat().st_size
+    read = load_file(tmp_path / "stream")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(read[name], tensor)
+    with safe_open(tmp_path / "stream", framework="pt") as opened:
+        assert opened.metadata() == {"about": "ü"}
+        assert torch.equal(opened.get_slice("mät 2")[1:2], tensors["mät 2"][1:2])
+
+
+def test_a_type_that_the_format_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="odd: safetensors cannot hold"):
+        write_tensors(tmp_path / "x", {"odd": torch.zeros(2, dtype=torch.complex64)}, {})
+
+
 def test_only_damaged_ones_are_an_error_never_a_fresh_start(run: Path, world: World) -> None:
     for name in ("update-00000010", "update-00000020"):
         hurt(run / "checkpoints" / name / "rank-00000.safetensors", "flip")
@@ -146,18 +198,11 @@ def test_only_damaged_ones_are_an_error_never_a_fresh_start(run: Path, world: Wo
 
 
 def test_the_same_update_can_be_saved_again(run: Path, world: World) -> None:
-    store(run, world, 20, seed=5.0)
+    store(run, 20, seed=5.0)
     found = checkpoint.newest(run, world, pytest.fail)
     assert found is not None
     assert float(found.model_state()["gate"]) == 5.0
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["update-00000010", "update-00000020"]
-
-
-def test_an_older_launch_may_not_write(run: Path, world: World) -> None:
-    write_text(run / "attempt", "2\n")
-    with pytest.raises(RuntimeError, match="launch 2 of this run has taken over"):
-        store(run, world, 30, attempt=1)
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["update-00000010", "update-00000020"]
 
 
 def test_a_save_cut_off_at_any_moment_leaves_the_last_one(run: Path, world: World) -> None:
@@ -171,17 +216,6 @@ def test_a_save_cut_off_at_any_moment_leaves_the_last_one(run: Path, world: Worl
     assert found is not None
     assert found.folder == good
     assert not list(folders.glob(".*"))
-
-
-def test_a_failing_export_saves_nothing(run: Path, world: World) -> None:
-    def fail(state: dict[str, Tensor], folder: Path) -> None:
-        raise OSError("disk full")
-
-    with pytest.raises(RuntimeError, match=r"update-00000030 was not saved: rank 0: OSError: disk full"):
-        checkpoint.save(run, world, 1, Cut(0, 12), {"update": 30}, {}, fail)  # type: ignore[arg-type]
-    found = checkpoint.newest(run, world, pytest.fail)
-    assert found is not None
-    assert found.state["update"] == 20
 
 
 def test_a_newer_format_is_refused_by_name(run: Path, world: World) -> None:
@@ -203,9 +237,11 @@ def test_pruning_keeps_the_newest_and_the_milestones(
     run = tmp_path_factory.mktemp("prune")
     for update in updates:
         (run / "checkpoints" / f"update-{update:08d}").mkdir(parents=True)
-    checkpoint.prune(run, run / "checkpoints" / f"update-{max(updates):08d}", last, every)
-    kept = {int(p.name.removeprefix("update-")) for p in (run / "checkpoints").iterdir()}
-    assert kept == set(sorted(updates)[-last:]) | {u for u in updates if every and u % every == 0}
+    newest = run / "checkpoints" / f"update-{max(updates):08d}"
+    checkpoint.prune(run, newest, last, every, keep=lambda update: update == 5)
+    left = {checkpoint.update_of(p) for p in (run / "checkpoints").iterdir()}
+    milestones = {u for u in updates if u == 5 or (every and u % every == 0)}
+    assert left == set(sorted(updates)[-last:]) | milestones
 
 
 def test_pruning_never_prefers_a_damaged_checkpoint_to_the_one_just_saved(
@@ -214,9 +250,9 @@ def test_pruning_never_prefers_a_damaged_checkpoint_to_the_one_just_saved(
     """A run that fell back from a damaged update 9 to 4 and saved 6 keeps 6, whatever `keep_last` says."""
     write_text(tmp_path / "attempt", "1\n")
     for update in (4, 9):
-        store(tmp_path, world, update)
+        store(tmp_path, update)
     (tmp_path / "checkpoints" / "update-00000009" / "state.json").write_text("")
-    saved = store(tmp_path, world, 6)
+    saved = store(tmp_path, 6)
     checkpoint.prune(tmp_path, saved, keep_last=1, keep_every=0)
     found = checkpoint.newest(tmp_path, world, lambda _: None)
     assert found is not None
