@@ -227,7 +227,7 @@ for update in (30, 20):
         assert kept(run) == [f"update-{u:08d}" for u in last_two], (at, kept(run))
         at += 1
     print(at)
-"""
+'''
 
 
 def test_killed_at_any_change(tmp_path: Path) -> None:
