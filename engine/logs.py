@@ -178,11 +178,6 @@ class Logs:
             self._first.metrics.put(update)
             self._first.trackers.back_to(update)
 
-    def advance(self, update: int) -> None:
-        """Move the progress bar."""
-        if self._first is not None:
-            self._first.console.put(Shown(update))
-
     def flush(self, seconds: float) -> bool:
         """Wait, at most so long, until what was logged is on disk; says whether it is."""
         end = time.monotonic() + seconds

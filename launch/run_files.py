@@ -152,6 +152,20 @@ def figures_of(run: Path) -> list[Row]:
     return [row for row in rows if row.get("update", 0) < first] + last
 
 
+def launches_of(run: Path) -> list[Row]:
+    """RUN/launches.jsonl as one row a launch: attempt, host, pid, command, start, and once it has ended end,
+    verdict and restart (whether the launcher starts again)."""
+    launches: list[Row] = []
+    for row in lines(run / "launches.jsonl", 1 << 20):
+        if row.get("event") == "launch":
+            launches.append({**row, "start": row.get("time")})
+        elif row.get("event") == "end" and launches:
+            attempt = row.get("attempt") or launches[-1].get("attempt")
+            more = {"end": row.get("time"), "restart": bool(row.get("again")), "attempt": attempt}
+            launches[-1] |= {"verdict": row.get("verdict"), **more}
+    return launches
+
+
 def checkpoints_of(run: Path) -> list[CheckpointFolder]:
     """The checkpoints a resume would look at, oldest first."""
     folders = (run / "checkpoints").glob("update-*")

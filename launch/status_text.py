@@ -11,7 +11,8 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
-from launch.status import Status, ago, read_status
+from launch.run_state import ago
+from launch.status import Status, read_status
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND = 24  # characters of a trend
@@ -146,11 +147,13 @@ def _trouble(status: Status) -> list[str]:
 
 
 def _launches(status: Status) -> list[str]:
-    if len(status.launches) < 2:
-        return []
-    lines = [f"  launches before ({len(status.launches)})"]
-    for row in status.launches[-5:]:
+    before = status.launches[:-1]
+    lines = ["  launches before"] if before else []
+    for row in before[-5:]:
         verdict = row.get("verdict") or {}
+        if not verdict:
+            lines.append(f"    {row.get('attempt')}: its launcher did not say how it ended")
+            continue
         how = f"{verdict.get('state', '?')} at update {verdict.get('update', '?')}".replace("_", " ")
         lasted = ago(float(row.get("end") or 0) - float(row.get("start") or 0))
         text = " ".join(str(verdict.get("message", "")).split())[:90]
