@@ -230,8 +230,11 @@ def advice(prediction: Prediction, limit: Limit, asked: int = 0) -> str:
     excess = max(0, need - limit.bytes)
     saved = {name: prediction.total - total for name, total in prediction.settings.items()}
     enough = {name: by for name, by in saved.items() if by >= excess and by > 0}
+    listed = " or ".join(f"{name} (saves {size(by)})" for name, by in enough.items())
+    if not excess:
+        other = f", or set {listed}" if listed else ""
+        return f"this rank alone stays below it: look at what else runs there{other}"
     if enough:
-        listed = " or ".join(f"{name} (saves {size(by)})" for name, by in enough.items())
         return f"set {listed}; {size(excess)} are missing"
     parts = []
     if best := max((n for n, by in saved.items() if by > 0), key=lambda n: saved[n], default=""):
