@@ -10,15 +10,10 @@ import json
 import os
 import socket
 import sys
-import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-
-from engine.errors import UserError
-from engine.signals import Stopped, StopRequest, die_with_parent
 
 State = Literal["finished", "preempted", "failed", "hung", "out_of_memory"]
 USER_ERROR = 2
@@ -100,44 +95,6 @@ def read_attempt(run: Path) -> int:
         return int((run / "attempt").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 0
-
-
-def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
-    """Run a worker's body and turn how it ends into a verdict and an exit code.
-
-    A signal that comes before `train` listens ends the worker at once, with the verdict preempted.
-
-    Args:
-        body: loads the recipe, builds the task and calls `train`.
-        run: the run folder where it is known; the verdict of an error before or in `train` is written there.
-
-    Returns:
-        The documented exit code. A `UserError` is one line, printed by the launcher from the verdict, or by
-        rank 0 where there is no launcher; anything else comes with its traceback.
-    """
-    die_with_parent()
-    try:
-        with StopRequest(at_once=True):
-            return body().exit_code
-    except (Stopped, KeyboardInterrupt) as stop:
-        how = f"by {stop} before it had begun" if isinstance(stop, Stopped) else "at once by Ctrl-C"
-        text = f"stopped {how}; start again to go on"
-        attempt = read_attempt(run) if run is not None else 0
-        verdict = Verdict("preempted", attempt=attempt, message=text, kind="unsaved")
-        write_verdict(run, verdict)
-        return verdict.exit_code
-    except UserError as error:
-        message = " ".join(str(error).split())
-    except BaseException as error:
-        verdict = record_failure(run, error)
-        traceback.print_exc()
-        return verdict.exit_code
-    # By every rank: the wrong input may have been met by one of them only, and not by rank 0.
-    attempt = read_attempt(run) if run is not None else 0
-    write_verdict(run, Verdict("failed", attempt=attempt, message=message, kind="user"))
-    if (run is None or LAUNCHED not in os.environ) and os.environ.get("RANK", "0") == "0":
-        print(f"medfm: error: {message}", file=sys.stderr, flush=True)
-    return USER_ERROR
 
 
 def record_failure(run: Path | None, error: BaseException, update: int = 0, advice: str = "") -> Verdict:

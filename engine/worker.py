@@ -1,14 +1,18 @@
-"""The command line of a worker process: `python -m pretrain` or `finetune RECIPE.yaml --run DIR [fields]`."""
+"""A worker process, `python -m pretrain` or `finetune RECIPE.yaml --run DIR [fields]`: its command line, and
+how its end becomes a verdict and an exit code."""
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
-from engine.verdict import Verdict, run_worker
+from engine.signals import Stopped, StopRequest, die_with_parent
+from engine.verdict import LAUNCHED, USER_ERROR, Verdict, read_attempt, record_failure, write_verdict
 
 
 class Arguments(NamedTuple):
@@ -66,3 +70,41 @@ def worker_main(
     except UserError:
         run = None
     return run_worker(lambda: work(split_arguments(arguments, module)), run)
+
+
+def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
+    """Run a worker's body and turn how it ends into a verdict and an exit code.
+
+    A signal that comes before `train` listens ends the worker at once, with the verdict preempted.
+
+    Args:
+        body: loads the recipe, builds the task and calls `train`.
+        run: the run folder where it is known; the verdict of an error before or in `train` is written there.
+
+    Returns:
+        The documented exit code. A `UserError` is one line, printed by the launcher from the verdict, or by
+        rank 0 where there is no launcher; anything else comes with its traceback.
+    """
+    die_with_parent()
+    try:
+        with StopRequest(at_once=True):
+            return body().exit_code
+    except (Stopped, KeyboardInterrupt) as stop:
+        how = f"by {stop} before it had begun" if isinstance(stop, Stopped) else "at once by Ctrl-C"
+        text = f"stopped {how}; start again to go on"
+        attempt = read_attempt(run) if run is not None else 0
+        verdict = Verdict("preempted", attempt=attempt, message=text, kind="unsaved")
+        write_verdict(run, verdict)
+        return verdict.exit_code
+    except UserError as error:
+        message = " ".join(str(error).split())
+    except BaseException as error:
+        verdict = record_failure(run, error)
+        traceback.print_exc()
+        return verdict.exit_code
+    # By every rank: the wrong input may have been met by one of them only, and not by rank 0.
+    attempt = read_attempt(run) if run is not None else 0
+    write_verdict(run, Verdict("failed", attempt=attempt, message=message, kind="user"))
+    if (run is None or LAUNCHED not in os.environ) and os.environ.get("RANK", "0") == "0":
+        print(f"medfm: error: {message}", file=sys.stderr, flush=True)
+    return USER_ERROR

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -90,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
         "--stage", choices=["pretrain", "finetune"], help="default: told from the recipe's sections"
     )
     _add_training(p)
+    p.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="hosts, each with this command; default 1"
+    )
+    p.add_argument("--node-rank", type=int, default=0, metavar="I", help="which of them this is, from 0")
+    p.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="of host 0, where they meet")
 
     p = commands.add_parser(
         "segment", help="one image, with clicks and boxes, to a mask on the image's own grid"
@@ -363,8 +369,12 @@ def _is_for_people(error: BaseException) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code; an error for people is one line on stderr and exit code 2."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("pretrain", "finetune", "launch") and sys.platform == "linux":
+        # They wait until the launcher listens, which ends in a saved state.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
+        code = _run(words)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("medfm: stopped; start the same command again to go on", file=sys.stderr)

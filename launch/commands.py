@@ -253,7 +253,12 @@ def train(args: argparse.Namespace, fields: Sequence[str]) -> int:
     if getattr(args, "from_scratch", False):
         overrides.append("--encoder.from_scratch=true")
     processes = args.processes if args.processes is not None else gpus() or 1
-    return run_local(stage, args.recipe, overrides, processes, run=args.run, continue_as=args.continue_as)
+    hosts = {
+        name: getattr(args, name) for name in ("nodes", "node_rank", "rendezvous") if hasattr(args, name)
+    }
+    return run_local(
+        stage, args.recipe, overrides, processes, run=args.run, continue_as=args.continue_as, **hosts
+    )
 
 
 def gpus() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import time
@@ -18,7 +19,7 @@ from launch.plan import Place, Plan, plan_run
 from launch.policy import Launch, Said, again, conclude
 from launch.workers import Heard, Workers
 
-FAILED_SECONDS = 15.0
+FAILED_SECONDS = 10.0
 """What the rest of the workers, who notice by themselves, have to write their stacks and end."""
 DONE_SECONDS = 120.0
 """What they have after finished or preempted, for trackers that still send."""
@@ -103,9 +104,13 @@ def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
         place = meeting.gather(lambda: heard.stop)
         if place is None:
             return launches[-1].verdict if launches else _NOT_BEGUN
-        before, began = read_attempt(plan.run), time.time()
+        before = read_attempt(plan.run)
         with suppress(OSError):
             (plan.run / "verdict.json").unlink(missing_ok=True)
+        book: dict[str, object] = {"host": socket.gethostname(), "nodes": place.nodes}
+        book |= {"processes": plan.processes * place.nodes, "pid": os.getpid()}
+        command = plan.command_line()
+        _write_down(plan.run, event="launch", attempt=before + 1, **book, command=command)
         said, oom_killed = _do_part(plan, place, meeting, heard)
         others, lost = meeting.reports()
         verdict = conclude([*said, *others], told=heard.stop, oom_killed=oom_killed, lost=lost)
@@ -115,7 +120,7 @@ def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
         more, why = again(launches, plan.restarts, saved_before)
         meeting.tell(verdict, more)
         write_verdict(plan.run, verdict)
-        _write_down(plan, place, began, verdict, more)
+        _write_down(plan.run, event="end", attempt=attempt, **book, verdict=asdict(verdict), again=more)
         if not more:
             if why:
                 _say(why)
@@ -173,23 +178,14 @@ def _patience(workers: Workers, hosts: Meeting | Guest) -> float:
     return FAILED_SECONDS if said or workers.one_gone() or hosts.trouble() else float("inf")
 
 
-def _write_down(plan: Plan, place: Place, began: float, verdict: Verdict, more: bool) -> None:
-    """Add a line to RUN/launches.jsonl; only host 0 writes there."""
-    line = {
-        "attempt": verdict.attempt,
-        "host": socket.gethostname(),
-        "nodes": place.nodes,
-        "processes": plan.processes * place.nodes,
-        "start": round(began, 3),
-        "end": round(time.time(), 3),
-        "verdict": asdict(verdict),
-        "restart": more,
-    }
+def _write_down(run: Path, **values: object) -> None:
+    """Add a line to RUN/launches.jsonl. Only host 0 writes there: one line when a launch begins, one when it
+    has ended."""
     try:
-        with open(plan.run / "launches.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(run / "launches.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
     except OSError as error:
-        _say(f"{plan.run / 'launches.jsonl'} cannot be written ({error})")
+        _say(f"{run / 'launches.jsonl'} cannot be written ({error})")
 
 
 def _newest(run: Path) -> str:

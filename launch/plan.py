@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,10 @@ class Plan:
             words += ["--nodes", str(self.nodes), "--node-rank", str(node_rank)]
             words += ["--rendezvous", self.rendezvous]
         return words
+
+    def command_line(self) -> str:
+        """What a person would type on this host."""
+        return shlex.join(["medfm", *self.host_words(self.node_rank)])
 
     def host_environment(self) -> dict[str, str]:
         """This process's environment for the workers, with the host's threads shared out among them."""

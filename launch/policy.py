@@ -106,12 +106,12 @@ def again(launches: Sequence[Launch], restarts: int, saved_before: str = "") -> 
     if any(_same(verdict, earlier.verdict) for earlier in launches[:-1]):
         return False, f"not started again: the same failure twice at update {verdict.update}"
     saved = [saved_before, *(launch.saved for launch in launches)]
-    in_a_row = 0
-    while in_a_row < len(launches) and saved[-1 - in_a_row] == saved[-2 - in_a_row]:
-        in_a_row += 1
-    if in_a_row > restarts:
+    in_vain = 0  # restarts, thus without the first launch
+    while in_vain < len(launches) - 1 and saved[-1 - in_vain] == saved[-2 - in_vain]:
+        in_vain += 1
+    if in_vain >= restarts:
         return False, f"not started again: {restarts} restarts without a new checkpoint"
-    return True, f"starting again ({max(in_a_row, 1)} of {restarts} without a new checkpoint)"
+    return True, f"starting again ({in_vain + 1} of {restarts} without a new checkpoint)"
 
 
 def _same(a: Verdict, b: Verdict) -> bool:

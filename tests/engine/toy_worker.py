@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import UserError
 from engine.recipe import EngineConfig, Frozen, free, load_recipe
 from engine.train import train
-from engine.verdict import run_worker
+from engine.worker import run_worker
 
 GROUPS, PER_GROUP, WIDTH = 3, 2, 12
 
