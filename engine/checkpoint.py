@@ -31,7 +31,6 @@ from engine.distributed import World
 from engine.errors import UserError
 from engine.tensor_file import HASH, entry_of, flush
 from engine.verdict import read_attempt
-from engine.zero_state import MOMENTS, Partition
 
 FORMAT_VERSION = 1
 WEIGHTS = ("master", "frozen", "buffer")  # kinds of what the model itself holds
@@ -86,13 +85,6 @@ class Checkpoint:
                 shape = torch.Size(records[0].shape)
                 state[name] = self.read(f"{name}|{kind}", 0, shape.numel()).view(shape)
         return state
-
-    def load_moments(self, partition: Partition) -> None:
-        """Copy both Adam moments into the slices this rank owns."""
-        for owned in partition.slices():
-            for kind in MOMENTS:
-                target: Tensor = getattr(owned, kind)
-                target.copy_(self.read(f"{owned.name}|{kind}", owned.offset, owned.numel))
 
     def read(self, key: str, start: int, numel: int) -> Tensor:
         """Elements `start … start + numel` of a flattened tensor, joined from the files that hold them.
@@ -324,26 +316,3 @@ def _remove(folder: Path) -> None:
     with suppress(FileNotFoundError):
         folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def save(
-    run: Path,
-    world: World,
-    attempt: int,
-    partition: Partition,
-    state: Mapping[str, Any],
-    whole: Mapping[str, Tensor],
-    export: Callable[[Mapping[str, Tensor], Path], None],
-) -> Path:
-    """Until the loop uses `Saver`."""
-    from types import SimpleNamespace
-
-    from engine.recipe import EngineConfig
-    from engine.saver import Saver
-
-    quiet: Any = SimpleNamespace(say=print, event=lambda *_, **__: None, scalars=lambda *_, **__: None)
-    config = EngineConfig(save_minutes=0, keep_last=10**6)
-    saver = Saver(run, world, attempt, partition, lambda: whole, export, config, quiet)
-    if why := saver.settle({"position": 0, **state}):
-        raise RuntimeError(f"update-{int(state['update']):08d} was not saved: {why}")
-    return folder_of(run, int(state["update"]))

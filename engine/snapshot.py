@@ -45,7 +45,9 @@ class Snapshot:
             self.tensors[key] = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=pinned)
             where[key] = {"global_shape": tuple(tensor.shape), "offset": 0, "numel": tensor.numel()}
         self.metadata = {"slices": json.dumps(where)}
-        self._edges = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if pinned else []
+        self._edges = (
+            [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)] if pinned else []
+        )
 
     def take(self, partition: Partition, whole: Mapping[str, Tensor]) -> None:
         """Copy what is there now. On CUDA the copies are queued behind what is under way and before what

@@ -152,6 +152,15 @@ def kept(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+def settle_all(savers: Sequence[Saver], update: int) -> list[Any]:
+    """The last save of several ranks."""
+
+    def work(one: Saver) -> Callable[[], str]:
+        return lambda: one.settle(state(update))
+
+    return together([work(one) for one in savers])
+
+
 def together(work: Sequence[Callable[[], Any]]) -> list[Any]:
     """Do the work of every rank at once; returns what each gave, or the exception it ended with."""
     results: list[Any] = [None] * len(work)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from saving import (
     kept,
     ranks,
     saver,
+    settle_all,
     state,
     store,
     together,
@@ -132,6 +134,37 @@ def test_host_memory_is_taken_once(run: Path) -> None:
     assert places == {key: tensor.data_ptr() for key, tensor in one._snapshot.tensors.items()}
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_all_is_on_the_disk_before_the_folder_gets_its_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    flush, rename = os.fsync, os.rename
+
+    def note_flush(handle: int) -> None:
+        flush(handle)
+        done.append(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def note_rename(source: Any, target: Any, **options: Any) -> None:
+        done.append(f"to {target}")
+        rename(source, target, **options)
+
+    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "plan.json").write_text("{}")
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(os, "rename", note_rename)
+    assert saver(run, export=export).settle(state(10)) == ""
+    folders = run / "checkpoints"
+    scratch = folders / ".tmp-update-00000010-a1-1"
+    named = done.index(f"to {folders / 'update-00000010'}")
+    inside = (p.relative_to(folders / "update-00000010") for p in (folders / "update-00000010").rglob("*"))
+    assert {str(run), str(scratch), *(str(scratch / name) for name in inside)} <= set(done[:named])
+    assert done[named - 1] == str(scratch)
+    assert done[named + 1 :] == [str(folders)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_is_copied_in_its_own_time() -> None:
@@ -160,7 +193,7 @@ def pair(run: Path, **options: Any) -> list[Saver]:
 
 def test_two_ranks_make_one_checkpoint(run: Path) -> None:
     savers = pair(run)
-    assert together([lambda s=s: s.settle(state(10)) for s in savers]) == ["", ""]
+    assert settle_all(savers, 10) == ["", ""]
     assert [s.last for s in savers] == [(10, 11)] * 2
     assert torch.equal(newest(run).read("stem.weight|exp_avg_sq", 0, 15), torch.arange(15) + 0.5)
 
@@ -182,7 +215,7 @@ def test_a_full_disk_of_one_rank_is_every_ranks_failure(run: Path, rank: int) ->
 
     def train(one: Saver) -> list[int]:
         """Updates at which a save began."""
-        begun = []
+        begun: list[int] = []
         for update in range(10, 10 + 4 * FIRST_RETRY):
             if update == 10 or one.wanted:
                 assert one.begin({**state(update), "update": 10 * (len(begun) + 1)})
@@ -192,7 +225,7 @@ def test_a_full_disk_of_one_rank_is_every_ranks_failure(run: Path, rank: int) ->
             turn(one)
         return begun
 
-    begun = together([lambda s=s: train(s) for s in savers])
+    begun = together([partial(train, one) for one in savers])
     # Each fails at its own update; the second comes FIRST_RETRY updates later, the third twice as many.
     assert begun == [[10, 11 + FIRST_RETRY, 12 + 3 * FIRST_RETRY]] * 2
     for one in savers:
@@ -213,14 +246,14 @@ def test_a_failing_export_saves_nothing_and_leaves_nothing(run: Path) -> None:
     store(run, 5)
     savers = pair(run, export=fail)
     why = "rank 0: OSError: no room for weights"
-    assert together([lambda s=s: s.settle(state(10)) for s in savers]) == [why, why]
+    assert settle_all(savers, 10) == [why, why]
     assert kept(run) == ["update-00000005"]
 
 
 def test_a_failing_copy_does_not_leave_the_others_waiting(run: Path) -> None:
     savers = pair(run)
     savers[1].partition = None  # type: ignore[assignment]
-    answers = together([lambda s=s: s.settle(state(10)) for s in savers])
+    answers = settle_all(savers, 10)
     assert answers[0] == answers[1]
     assert answers[0].startswith("rank 1: AttributeError")
 
@@ -270,14 +303,14 @@ def test_a_storage_that_takes_nothing_ends_the_waiting(
     store(run, 5)
     savers = pair(run)
     disk.hold()
-    answers = together([lambda s=s: s.settle(state(10)) for s in savers])
+    answers = settle_all(savers, 10)
     assert answers[0] == answers[1]
     assert answers[0].startswith("the storage took nothing of update 10")
     disk.let_go()
     assert together([s.wait for s in savers]) == ["", ""]
     assert [s.last for s in savers] == [None, None]
     assert kept(run) == ["update-00000005"]
-    assert together([lambda s=s: s.settle(state(10)) for s in savers]) == ["", ""]
+    assert settle_all(savers, 10) == ["", ""]
 
 
 def test_an_older_launch_may_not_finish(run: Path, disk: Disk) -> None:

@@ -239,7 +239,7 @@ def test_killed_at_any_change(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     changes = [int(number) for number in done.stdout.split()]
     assert len(changes) == 2
-    assert min(changes) >= 20
+    assert min(changes) >= 15
 
 
 GROUP = """
