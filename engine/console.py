@@ -29,7 +29,7 @@ class Console:
 
     def __init__(self, total: int, start: int) -> None:
         self.total = total
-        self._pace: deque[tuple[float, int]] = deque([(time.monotonic(), start)], maxlen=RECENT)
+        self._pace: deque[tuple[float, int]] = deque(maxlen=RECENT)
         self._out = _Output(sys.stdout)
         self._bar: Any = None
         if self._out.isatty():
@@ -48,7 +48,7 @@ class Console:
             if entry.values:
                 self._show(entry)
         if self._bar is not None and latest is not None:
-            self._bar.update(self._task, completed=latest.update, left=clock(self._left()))
+            self._bar.update(self._task, completed=latest.update, left=self._left())
             self._bar.refresh()
 
     def close(self) -> None:
@@ -67,12 +67,12 @@ class Console:
             self._bar.update(self._task, text=short(entry.values))
         else:
             figures = short(entry.values)
-            self._line(f"update {entry.update}/{self.total}  {figures}  {clock(self._left())} left")
+            self._line(f"update {entry.update}/{self.total}  {figures}  {self._left()} left")
 
-    def _left(self) -> float:
-        """Seconds to the end of the run at the pace of the last updates, whatever else they waited for."""
+    def _left(self) -> str:
+        """Time to the end of the run at the pace of the last updates, whatever else they waited for."""
         (begun, first), (now, last) = self._pace[0], self._pace[-1]
-        return (now - begun) / max(1, last - first) * (self.total - last)
+        return clock((now - begun) / (last - first) * (self.total - last)) if last > first else "?"
 
     def _open_bar(self, start: int) -> None:
         from rich.console import Console as RichConsole

@@ -100,6 +100,8 @@ def judge(run: Reading) -> Judgement:
         return _ended(run, run.verdict)
     begun = float(last.get("start") or 0.0)
     if _lives(last) and "end" not in last:
+        if run.seen > begun:
+            return "ending", f"its processes ended at update {run.update}; the launcher will say how", ""
         return "starting", f"the launcher began {ago(run.now - begun)} ago; nothing of its processes yet", ""
     begun = max(begun, _changed(run.run / "attempt"))
     if not run.ranks and run.attempt and not run.launches and run.now - begun < STARTING:
@@ -121,6 +123,8 @@ def _ended(run: Reading, verdict: Verdict) -> Judgement:
     if verdict.kind == "unsaved":
         how = "stopped before it could save"
     said = f": {verdict.message}" if verdict.message else ""
+    if "killed by SIG" in verdict.message:
+        return verdict.state, f"{how} at update {verdict.update}{said}", again
     advice = {
         "finished": f"`medfm export {shlex.quote(str(folder))} --out DIR` writes its weights",
         "out_of_memory": f"change what the message names; then {again}",

@@ -23,8 +23,8 @@ class Status:
     """What `medfm status --json` prints.
 
     Attributes:
-        state: new (nothing has begun), starting, running, still (alive, but no update comes), restarting,
-            dead (gone without a word), or the state of its verdict.
+        state: new (nothing has begun), starting, running, still (alive, but no update comes), ending,
+            restarting, dead (gone without a word), or the state of its verdict.
         summary: one line: what is the matter.
         advice: one line: what to do, "" for nothing.
         warnings: what else a person should know.

@@ -134,15 +134,14 @@ def _stragglers(status: Status) -> list[str]:
 
 def _trouble(status: Status) -> list[str]:
     lines = []
-    if status.skipped or status.rollbacks:
-        lines.append(f"  skipped     {status.skipped} updates; went back {status.rollbacks} times")
+    if status.skipped:
+        back = f"; went back {_times(status.rollbacks, 'time')}" if status.rollbacks else ""
+        lines.append(f"  skipped     {_times(status.skipped, 'update')}{back}; the last ones:")
     for row in status.bad:
         keys = ", ".join(str(key) for key in (row.get("keys") or [])[:3])
-        lines.append(
-            f"    position {row.get('position')}: loss {row.get('loss')}, norm {row.get('norm')}"
-            + (f", {row['reason']}" if row.get("reason") else "")
-            + (f", samples {keys}" if keys else "")
-        )
+        parts = [f"loss {_figure(row.get('loss'))}, norm {_figure(row.get('norm'))}", row.get("reason")]
+        parts.append(f"samples {keys}" if keys else "")
+        lines.append(f"    position {row.get('position')}: " + ", ".join(filter(None, parts)))
     return lines
 
 
@@ -163,10 +162,18 @@ def _launches(status: Status) -> list[str]:
 
 def _said(status: Status) -> list[str]:
     return (
-        ["  said last", *(f"    {ago(row['age'])} ago: {row['text']}" for row in status.said)]
+        ["  said last", *(f"    {ago(row['age'])} ago: {row['text'][:200]}" for row in status.said)]
         if status.said
         else []
     )
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def trend(values: Sequence[float]) -> str:
