@@ -79,6 +79,8 @@ class Loop:
 
     def run_until_done(self) -> Verdict:
         """Make updates until the last one, until any rank is asked to stop, or until the run gives up."""
+        if self._asked():
+            return self._end()
         self.engine.train()
         self.batches = self._open_data()
         try:
@@ -89,7 +91,7 @@ class Loop:
 
     def _make_updates(self) -> Verdict | None:
         progress, config = self.progress, self.config
-        asked = self._asked()
+        asked = False
         while progress.update < config.updates and not asked:
             outcome = self.updates.make(progress, self.batches, self._along)
             self.watchdog.beat(progress.update)
@@ -106,27 +108,37 @@ class Loop:
                 continue
             if progress.update == config.updates:
                 # Saved first: what goes wrong in an evaluation costs no update.
-                self.saver.settle(self._state(), self.watchdog.beat)
+                if failed := self._save_all():
+                    return failed
             elif self._due(progress.update) or self.saver.wanted:
                 if self._due(progress.update):
                     progress.saved_on_time()
+                if self._decay_begins(progress.update):
+                    self.saver.wait(self.watchdog.beat)  # this one is not put off: runs are extended from it
                 self.saver.begin(self._state())
             if not asked and self.evaluation.run_if_due(progress.update, self.watchdog.beat):
                 asked = self._asked()
         return None
 
     def _end(self) -> Verdict:
-        """Save what is not saved; `finished` and `preempted` promise that all is."""
+        """`finished` and `preempted` promise that everything is saved."""
         progress = self.progress
-        trouble = self.saver.settle(self._state(), self.watchdog.beat) if progress.position else ""
-        if trouble:
-            return Verdict("failed", progress.update, self.attempt, f"the last save failed: {trouble}")
+        if failed := self._save_all():
+            return failed
         if progress.update >= self.config.updates:
             return Verdict("finished", progress.update, self.attempt)
         why = self.stop.name or "a signal to another rank"
         return Verdict(
             "preempted", progress.update, self.attempt, f"stopped by {why} and saved; start again to go on"
         )
+
+    def _save_all(self) -> Verdict | None:
+        """Save what is not saved yet; a verdict where that fails."""
+        progress = self.progress
+        trouble = self.saver.settle(self._state(), self.watchdog.beat) if progress.position else ""
+        if not trouble:
+            return None
+        return Verdict("failed", progress.update, self.attempt, f"the last save failed: {trouble}")
 
     def _go_back(self) -> Verdict | None:
         """Take up an earlier checkpoint with the data that come now; a verdict where the run gives up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class Progress:
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> Progress:
-        """From the content of `state.json`."""
-        return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)})
+        """From the content of `state.json`; what an older version did not write begins at its default."""
+        return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls) if f.name in state})
 
     def apply(self, loss: float, window: int) -> None:
         """An update was applied; the last `window` losses are kept."""
@@ -109,6 +110,8 @@ def find_start(
         UserError: damaged checkpoints only; another architecture; another recipe or other data without
             `continue_as`; a schedule with another end, and no checkpoint from before its decay.
     """
+    if continue_as is not None and not re.fullmatch(r"[\w.-]+", continue_as):
+        raise UserError(f"--continue-as {continue_as!r}: take a name of letters, digits, `_`, `-` and `.`")
     now = {"recipe": identity_of(task.recipe()), "data": task.data_identity()}
     found = checkpoint.newest(run, world, warn)
     if found is None:

@@ -89,7 +89,7 @@ def where_to(run: Path, world: World, warn: Callable[[str], None], progress: Pro
     at_most = progress.back_to - 1 if progress.back_in_a_row else progress.update
     forced = None
     while (found := checkpoint.newest(run, world, warn, at_most=at_most)) is not None:
-        if found.state["periodic"]:
+        if found.state.get("periodic", True):
             return found
         forced = forced or found
         at_most = found.state["update"] - 1

@@ -25,7 +25,7 @@ def learning_rate(update: int, config: EngineConfig) -> float:
         start = decay_start(config)
         if update <= start:
             return config.lr
-        share = min(1.0, (update - start) / (config.updates - start))
+        share = min(1.0, (update - start) / max(1, config.updates - start))
         return config.min_lr + (config.lr - config.min_lr) * (1.0 - math.sqrt(share))
     share = min(1.0, (update - config.warmup) / max(1, config.updates - config.warmup))
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1.0 + math.cos(math.pi * share))

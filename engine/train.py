@@ -83,7 +83,7 @@ def _train(
     logs = Logs(run, world, config, attempt=attempt, start=progress.update, recipe=task.recipe())
     if found is not None:
         load_frozen(task.model, found)
-    frozen = _frozen(task.model)
+    frozen = _frozen(task.model) if world.rank == 0 else {}
     if config.activation_checkpointing:
         switch_on_checkpointing(task.model)
     compilation = Compilation(task.model, config, world.device)
@@ -135,6 +135,6 @@ def _open_run(run: Path, world: World) -> int:
 
 
 def _frozen(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters that are not trained, while the model is whole."""
+    """Parameters that are not trained, copied while the model is whole; rank 0 saves them."""
     named = model.named_parameters()
     return {f"{name}|frozen": p.detach().clone() for name, p in named if not p.requires_grad}

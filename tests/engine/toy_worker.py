@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,11 +36,14 @@ class ToyRecipe(Frozen):
     engine: EngineConfig = EngineConfig()
     hidden: int = Field(7, ge=1)  # odd sizes, so that no partition is even
     nan_at: tuple[int, ...] = ()  # positions whose loss is NaN on the rank that holds group 0
+    spike_at: tuple[int, ...] = ()  # positions whose loss is far too large there
+    kink_at: tuple[int, ...] = ()  # positions whose gradient is not finite there, though the loss is
     frozen_part: bool = False  # one stem is not trained
     die_at: int = free(-1, "position before which the last rank signals itself, once in a run folder")
     die_with: str = free("SIGKILL", "that signal")
     most_groups: int = free(-1, "groups of all ranks after which the data end the run; -1 for none")
     sleep: float = free(0.0, "seconds a batch takes")
+    patient: bool = free(False, "data that wait for what is being written, so that no save is put off")
 
 
 class ToyModel(nn.Module):
@@ -74,6 +78,8 @@ class ToyModel(nn.Module):
             total = total + error.sum()
             if len(x):
                 metrics[f"loss/{kind}"] = (error.sum(), torch.tensor(float(len(x))))
+        if "kink" in batch:  # 0 with a gradient of infinity times 0
+            total = total + (self.head.bias.square().sum() * 0.0).sqrt()
         return total / (GROUPS * PER_GROUP), metrics
 
 
@@ -114,6 +120,9 @@ class ToyTask:
                 (self.run / "died").touch()
                 os.kill(os.getpid(), getattr(signal, self.the_recipe.die_with))
             time.sleep(self.the_recipe.sleep)
+            for thread in threading.enumerate() if self.the_recipe.patient else ():
+                if thread.name == "saver":
+                    thread.join()
             for step in range(self.micro_steps(world)):
                 group = rank * self.micro_steps(world) + step
                 self.data.groups += group < GROUPS
@@ -129,6 +138,10 @@ class ToyTask:
             out["ct" if (group + update) % 2 else "mr"] = torch.from_numpy(draws).float()
         if group == 0 and update in self.the_recipe.nan_at:
             out["poison"] = torch.tensor(float("nan"))
+        if group == 0 and update in self.the_recipe.spike_at:
+            out["poison"] = torch.tensor(1e4)
+        if group == 0 and update in self.the_recipe.kink_at:
+            out["kink"] = torch.zeros(())
         return out
 
     def recipe(self) -> ToyRecipe:
@@ -136,6 +149,9 @@ class ToyTask:
 
     def data_identity(self) -> dict[str, str]:
         return {"manifest": "toy", "order": "1"}
+
+    def sample_keys(self, position: int) -> list[str]:
+        return [f"{position}/{group}/{i}" for group in range(GROUPS) for i in range(PER_GROUP)]
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
