@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from engine.signals import ASKED, PARENT, STACKS, die_with_parent
-from engine.verdict import LAUNCHED
+from engine.verdict import LAUNCHED, Verdict, tell_launcher
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -58,6 +58,8 @@ def _pass_on() -> None:
     while True:
         workers = {child.pid for child in psutil.Process().children()}
         if not workers:
+            text = "stopped by a signal before it had begun; start again to go on"
+            tell_launcher(Verdict("preempted", message=text, kind="unsaved"))
             os._exit(128 + signal.SIGTERM)
         for worker in workers if number is not None else workers - told:
             with suppress(ProcessLookupError):

@@ -90,11 +90,14 @@ def launch(plan: Plan) -> Verdict:
     """
     plan.run.mkdir(parents=True, exist_ok=True)
     with Heard() as heard:
-        if plan.node_rank == 0:
-            with Meeting(plan) as meeting:
-                return _lead(plan, meeting, heard)
-        with Guest(plan) as guest:
-            return _follow(plan, guest, heard)
+        try:
+            if plan.node_rank == 0:
+                with Meeting(plan) as meeting:
+                    return _lead(plan, meeting, heard)
+            with Guest(plan) as guest:
+                return _follow(plan, guest, heard)
+        except Lost as lost:
+            return Verdict("failed", message=str(lost))
 
 
 def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
@@ -114,7 +117,7 @@ def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
         said, oom_killed = _do_part(plan, place, meeting, heard)
         others, lost = meeting.reports()
         verdict = conclude([*said, *others], told=heard.stop, oom_killed=oom_killed, lost=lost)
-        attempt = max(before, read_attempt(plan.run), verdict.attempt)
+        attempt = max(before + 1, read_attempt(plan.run), verdict.attempt)
         verdict = Verdict(**{**asdict(verdict), "attempt": attempt})
         launches.append(Launch(verdict, _newest(plan.run), heard.stop))
         more, why = again(launches, plan.restarts, saved_before)

@@ -3,7 +3,7 @@
 Host 0's launcher listens at the rendezvous; it outlives every launch and alone decides. torchrun's own
 elastic rendezvous is not used: its store dies with the workers of one host, an old one that is still up
 admits hosts to a round that is over, and a cut link ends the agents of healthy hosts. Here torchrun is told
-who takes part (static rendezvous), and a host counts as lost when it has been silent for `LOST_SECONDS`.
+who takes part (static rendezvous), and a host counts as lost when it has been silent for a while.
 
 A host that has lost the rendezvous ends its part and waits: it cannot tell a dead host 0 from a cut link,
 and two parts must never train one run. So the run goes on without other hosts (`min_nodes`), but not
@@ -30,10 +30,7 @@ from launch.plan import Place, Plan
 from launch.policy import Said
 from launch.workers import said_from
 
-ALIVE_SECONDS = 2.0
-LOST_SECONDS = 30.0
-GO_ON_SECONDS = 60.0
-"""How long a launch waits for a missing host where `min_nodes` lets it go on without."""
+ALIVE_SECONDS = 1.0
 REPORT_SECONDS = 60.0
 """How long the other hosts may take to end their parts once one has ended."""
 SAY_SECONDS = 60.0
@@ -44,9 +41,15 @@ class Lost(Exception):
 
 
 class Line:
-    """A connection to another launcher, with a thread that reads and one that says `alive`."""
+    """A connection to another launcher, with a thread that reads and one that says `alive`.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Args:
+        connection: an open TCP connection.
+        lost_seconds: silence after which the other side counts as lost.
+    """
+
+    def __init__(self, connection: socket.socket, lost_seconds: float) -> None:
+        self.lost_seconds = lost_seconds
         connection.settimeout(ALIVE_SECONDS)
         self._socket = connection
         self._sending = threading.Lock()
@@ -60,7 +63,7 @@ class Line:
     @property
     def lost(self) -> bool:
         """Closed, or silent for too long."""
-        return self._closed or time.monotonic() - self._heard > LOST_SECONDS
+        return self._closed or time.monotonic() - self._heard > self.lost_seconds
 
     def say(self, kind: str, **values: Any) -> None:
         """Send a message; one that cannot be sent closes the line."""
@@ -133,18 +136,25 @@ class Meeting:
             self._listener.close()
 
     def gather(self, stop: Callable[[], bool]) -> Place | None:
-        """Wait for the hosts of a launch; None where `stop` says so meanwhile."""
+        """Wait for the hosts of a launch; None where `stop` says so meanwhile.
+
+        Raises:
+            Lost: too few have come for too long.
+        """
         plan, began = self._plan, time.monotonic()
         said = began
         while not stop():
             here = {node: line for node, line in sorted(self._lines.items()) if not line.lost}
             waited = time.monotonic() - began
-            enough = plan.min_nodes and len(here) + 1 >= plan.min_nodes and waited > GO_ON_SECONDS
+            enough = plan.min_nodes and len(here) + 1 >= plan.min_nodes and waited > plan.go_on_seconds
             if len(here) + 1 == plan.nodes or enough:
                 return self._start(here)
+            text = f"{len(here) + 1} of {plan.nodes} hosts are here"
+            if waited > plan.meet_seconds:
+                raise Lost(f"{text} after {waited / 60:.0f} minutes; see why the others do not start")
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
-                _say(f"{len(here) + 1} of {plan.nodes} hosts are here; waiting for the others")
+                _say(f"{text}; waiting for the others")
             time.sleep(0.1)
         return None
 
@@ -161,7 +171,7 @@ class Meeting:
         """Why this host's part should end, too: another's has ended, or another host was lost."""
         for node, line in self._taking_part.items():
             if line.lost:
-                return f"host {node} was lost: closed, or no word for {LOST_SECONDS:.0f} seconds"
+                return f"host {node} was lost: its launcher has ended, or cannot be heard"
             if any(message["kind"] == "ended" for message in line.messages):
                 return f"the part of host {node} has ended"
         return ""
@@ -195,10 +205,11 @@ class Meeting:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._admit, args=(Line(connection),), daemon=True).start()
+            threading.Thread(target=self._admit, args=(connection,), daemon=True).start()
 
-    def _admit(self, line: Line) -> None:
-        end = time.monotonic() + LOST_SECONDS
+    def _admit(self, connection: socket.socket) -> None:
+        line = Line(connection, self._plan.lost_seconds)
+        end = time.monotonic() + self._plan.lost_seconds
         while (message := line.take("join")) is None:
             if line.lost or time.monotonic() > end:
                 return line.close()
@@ -228,8 +239,13 @@ class Guest:
             self._line.close()
 
     def gather(self, stop: Callable[[], bool]) -> Place | None:
-        """Wait for the next launch; None where `stop` says so meanwhile."""
-        said = time.monotonic()
+        """Wait for the next launch; None where `stop` says so meanwhile.
+
+        Raises:
+            Lost: host 0 cannot be reached for too long.
+            UserError: host 0 trains another run.
+        """
+        began = said = time.monotonic()
         while not stop():
             if self._line is None or self._line.lost:
                 self._join()
@@ -239,6 +255,10 @@ class Guest:
                 if message := self._line.take("start"):
                     self._line.messages.clear()
                     return Place(**message["place"])
+            if self._line is not None and not self._line.lost:
+                began = time.monotonic()  # host 0 knows what it waits for
+            if time.monotonic() - began > self._plan.meet_seconds:
+                raise Lost(f"host 0 cannot be reached at {self._plan.rendezvous}; see why")
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
                 _say(f"waiting for host 0 at {self._plan.rendezvous}")
@@ -248,7 +268,7 @@ class Guest:
     def trouble(self) -> str:
         """Why this host's part should end."""
         if self._line is None or self._line.lost:
-            return f"host 0 was lost: closed, or no word for {LOST_SECONDS:.0f} seconds"
+            return "host 0 was lost: its launcher has ended, or cannot be heard"
         if any(message["kind"] == "end" for message in self._line.messages):
             return "the part of another host has ended"
         return ""
@@ -274,7 +294,7 @@ class Guest:
         except OSError:
             time.sleep(0.5)
             return
-        self._line = Line(connection)
+        self._line = Line(connection, self._plan.lost_seconds)
         self._line.say("join", node=self._plan.node_rank, run=self._plan.identity())
 
 

@@ -58,6 +58,9 @@ class Plan:
         min_nodes: fewest hosts to go on with; 0: none may be missing.
         restarts: how often in a row a failed launch is followed by another without a new checkpoint between.
         patience: seconds that a saved end may take once it is asked for.
+        lost_seconds: silence after which another host counts as lost.
+        go_on_seconds: how long a launch waits for a missing host where `min_nodes` lets it go on without.
+        meet_seconds: how long it waits where it may not.
         environment: added to that of the workers.
     """
 
@@ -73,6 +76,9 @@ class Plan:
     min_nodes: int = 0
     restarts: int = 3
     patience: float = 3600.0
+    lost_seconds: float = 30.0
+    go_on_seconds: float = 60.0
+    meet_seconds: float = 1800.0
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -21,6 +21,7 @@ from engine.watchdog import Watchdog
 from engine.worker import run_worker
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+MEETING = os.environ.get("MASTER_PORT", "alone")
 
 
 def fork_loader(run: Path) -> None:
@@ -81,8 +82,8 @@ def train(run: Path, given: argparse.Namespace) -> Verdict:
         if RANK == 0:
             write_text(run / "attempt", f"{read_attempt(run) + 1}\n")
             (run / "stop").unlink(missing_ok=True)
-            (run / f"opened-{os.getppid()}").touch()
-        while WORLD > 1 and not (run / f"opened-{os.getppid()}").exists():
+            (run / f"opened-{MEETING}").touch()
+        while WORLD > 1 and not (run / f"opened-{MEETING}").exists():
             time.sleep(0.01)
         attempt = read_attempt(run)
         with Watchdog(run, given.hang / 60, attempt, RANK) as watchdog:
@@ -126,7 +127,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--fault", default="none")
     parser.add_argument("--fault_at", type=int, default=3)
-    given = parser.parse_args()
+    given, _ = parser.parse_known_args()
     return run_worker(lambda: train(given.run, given), given.run)
 
 
