@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import random
 import shutil
 import signal
 import statistics
@@ -28,38 +27,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # this file's own folder would hide the packages that its neighbours are named after
+sys.path[0] = str(
+    Path(__file__).parents[1]
+)  # this file's own folder would hide the packages that its neighbours are named after
 
-from benchmarks.chaos_faults import (  # noqa: E402
-    ASKS,
-    CUT,
-    FLIP,
-    FULL,
-    QUICK,
-    STOPPED,
-    STOPPED_KILLED,
-    Disk,
-    Fault,
-    damage,
-    draw,
-    find,
-    send,
-)
-from benchmarks.chaos_run import Run, differences  # noqa: E402
+from benchmarks.chaos_driver import HANG_MINUTES, Chaos  # noqa: E402
+from benchmarks.chaos_faults import FLIP, FULL, NEWEST, Disk, Fault, draw  # noqa: E402
+from benchmarks.chaos_run import ROOT, Run, differences, finish  # noqa: E402
 
-HANG_MINUTES = 0.5
-STILL_SECONDS = 60 * HANG_MINUTES + 90
-"""Without a sign of life for so long the run hangs: the watchdog's time, what it and the launcher leave to
-the processes for their stacks, and a start on a busy machine."""
 RECIPE: dict[str, dict[str, Any]] = {
     "tokens": {"slots": 64, "classes": [1, 2]},
     "mixture": {"groups": 2},
@@ -71,243 +51,6 @@ RECIPE: dict[str, dict[str, Any]] = {
         "hang_minutes": HANG_MINUTES, "save_minutes": 2,
     },
 }  # fmt: skip
-
-
-class Chaos:
-    """Does faults to a run, one after another, and sees it through to its end.
-
-    Args:
-        run: not started yet.
-        disk: where its folder lies.
-        updates: at which it is finished.
-        seed: of what is left to chance when a fault is done.
-        evidence: folder for what is left of a fault that was not recovered from.
-    """
-
-    def __init__(self, run: Run, disk: Disk, updates: int, seed: int, evidence: Path) -> None:
-        self.run, self.disk, self.updates, self.evidence = run, disk, updates, evidence
-        self.chance = random.Random(seed)
-        self.done: list[Fault] = []
-        self.pending: list[Fault] = []
-        self.hangs = self.exits = self.starts = 0
-        self.finished = False
-        self.surprises: list[str] = []
-        self._damaged: set[tuple[Path, int]] = set()
-        self._ended = False
-
-    def go(self, faults: Sequence[Fault]) -> None:
-        """All faults, then the rest of the run."""
-        for number, fault in enumerate(faults):
-            self._reach(fault)
-            self._do(fault)
-            following = faults[number + 1].instant if number + 1 < len(faults) else ""
-            if fault.ends_launch:
-                self._until(partial(self._over, fault))
-            if not (fault.ends_launch and following == "start-up"):
-                self._until(lambda: not self.pending)
-        self._until(lambda: self.finished and not self.pending)
-
-    def _reach(self, fault: Fault) -> None:
-        """Wait for the fault's instant, and for its target."""
-        if self.run.launches == 0 or self.run.code() is not None:
-            self._start()
-        if fault.instant == "start-up":
-            self._until(lambda: time.time() >= self.run.began + fault.wait)
-        else:
-            near = self.updates - 2 if fault.instant == "end" else min(fault.update, self.updates - 2)
-            self._until(lambda: self.finished or (self._training() and self.run.progress.update >= near))
-            if fault.instant == "save":
-                self._until(self.run.saving, within=10.0, every=0.002)
-            self._rest(fault.wait)
-        if fault.kind in (FLIP, CUT):
-            self._until(lambda: len(self._good()) >= 2)
-        elif fault.kind != FULL:
-            self._until(lambda: find(self.run, fault.target) or self.finished)
-        if self.finished:  # too late: it is done to another launch, which finds nothing left to do
-            fault.instant, fault.hold = "start-up", min(fault.hold, 1.0)
-            fault.target = fault.target if fault.kind in (FLIP, CUT, FULL) else "launcher"
-            fault.kind = STOPPED_KILLED if fault.kind == STOPPED else fault.kind
-            self._start()
-
-    def _do(self, fault: Fault) -> None:
-        run = self.run
-        fault.fired, fault.at, fault.launch = time.time(), run.progress.update, run.launches
-        fault.starts, fault.exits = len(run.progress.starts), self.exits
-        fault.early = run.torchrun() is None
-        self.pending.append(fault)
-        self.done.append(fault)
-        if fault.kind in (FLIP, CUT):
-            self._damage(fault)
-        elif fault.kind == FULL:
-            until = time.monotonic() + fault.hold
-
-            def enough() -> bool:
-                self._tick(0.02)
-                return time.monotonic() > until
-
-            self.disk.fill(enough)
-            self.disk.free()
-            fault.fired = time.time()
-        else:
-            targets = find(run, fault.target)
-            if fault.kind in (STOPPED, STOPPED_KILLED):
-                send(targets, signal.SIGSTOP)
-                if fault.kind == STOPPED_KILLED:
-                    self._rest(fault.hold)
-                    send(targets, signal.SIGKILL)
-            else:
-                send(targets, signal.Signals[fault.kind])
-                if fault.again:
-                    self._rest(fault.again)
-                    send(targets, signal.Signals[fault.kind])
-
-    def _damage(self, fault: Fault) -> None:
-        """End the launch at once and damage the newest checkpoint before the next."""
-        send([self.run.launcher], signal.SIGKILL)
-        end = time.monotonic() + 10
-        while self.run.processes() and time.monotonic() < end:
-            time.sleep(0.02)
-        newest = self._good()[-1]
-        fault.damaged = newest.name
-        what = damage(newest, fault.kind, self.chance)
-        self._damaged.add(_identity(newest))
-        self._note(f"{newest.name}: {what}")
-
-    def _good(self) -> list[Path]:
-        """Whole checkpoints that no fault has damaged."""
-        with suppress(FileNotFoundError):  # one was deleted or renamed meanwhile
-            return [path for path in self.run.checkpoints() if _identity(path) not in self._damaged]
-        return []
-
-    def _over(self, fault: Fault) -> bool:
-        """Whether the launch that the fault was done to has ended."""
-        return bool(fault.trouble) or self.run.launches > fault.launch or self.exits > fault.exits
-
-    def _training(self) -> bool:
-        """Whether the launch that lives has done an update."""
-        progress = self.run.progress
-        return bool(progress.starts) and progress.stepped > progress.starts[-1].time > self.run.began
-
-    def _until(
-        self, reached: Callable[[], object], within: float = float("inf"), every: float = 0.03
-    ) -> None:
-        end = time.monotonic() + within
-        while not reached() and time.monotonic() < end:
-            self._tick(every)
-
-    def _rest(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self._tick(min(0.02, seconds))
-
-    def _tick(self, seconds: float) -> None:
-        """Let the run go on for a moment, and look after it as its user would."""
-        time.sleep(seconds)
-        self.run.look()
-        self._hear_starts()
-        code = self.run.code()
-        if code is not None and not self._ended:
-            self._hear_end(code)
-        if self._ended and not self.finished:
-            self._start()
-        for fault in list(self.pending):
-            if self._recovered(fault):
-                self._settle(fault)
-        if self.run.code() is None and time.monotonic() - self.run.progress.moved > STILL_SECONDS:
-            self._hang()
-
-    def _start(self) -> None:
-        self._ended = self.finished = False
-        self.run.start()
-
-    def _hear_starts(self) -> None:
-        """Updates that a launch does again are put down to the fault that ended the one before."""
-        starts = self.run.progress.starts
-        for start in starts[self.starts :]:
-            waiting = [fault for fault in self.pending if fault.lost is None and fault.ends_launch]
-            if waiting:
-                waiting[0].lost = start.lost
-            for fault in self.pending:
-                if fault.damaged == f"update-{start.update:08d}":
-                    fault.trouble = "the run went on from the damaged checkpoint"
-        self.starts = len(starts)
-
-    def _hear_end(self, code: int) -> None:
-        self._ended, self.exits = True, self.exits + 1
-        self.run.look()
-        self.finished = code == 0
-        if not self.pending:
-            if code != 0:
-                self.surprises.append(f"the launcher ended with {code} though nothing was done to it")
-                self._keep(f"surprise-{len(self.surprises)}")
-            return
-        fault = self.pending[-1]
-        fault.code = code if fault.code is None else fault.code
-        if fault.kind in ASKS:
-            # A process that has not begun to listen is ended by the signal itself.
-            unheard = -signal.Signals[fault.kind] if fault.early else 75
-            if code not in (0, 75, unheard):
-                fault.trouble = f"exit code {code} instead of 75"
-        elif fault.kind == FULL and fault.instant != "start-up" and code != 0:
-            fault.trouble = f"a full disk ended the run with exit code {code}"
-
-    def _recovered(self, fault: Fault) -> bool:
-        progress, started = self.run.progress, len(self.run.progress.starts) > fault.starts
-        if self.finished and self.exits > fault.exits:
-            return True
-        if fault.kind == FULL:
-            return progress.stepped > fault.fired and progress.saved > fault.fired
-        return started and self._over(fault) and progress.stepped > max(fault.fired, progress.starts[-1].time)
-
-    def _settle(self, fault: Fault) -> None:
-        """The run has taken a fault."""
-        self.pending.remove(fault)
-        fault.lost = fault.lost or 0
-        if not self.pending:
-            fault.seconds = time.time() - fault.fired
-        if fault.kind in ASKS and fault.lost:
-            fault.trouble = fault.trouble or f"{fault.lost} updates were lost"
-        fault.recovered = not fault.trouble
-        self._report(fault)
-
-    def _hang(self) -> None:
-        self.hangs += 1
-        for fault in self.pending:
-            fault.trouble = f"no sign of life for {STILL_SECONDS:.0f} s"
-        send(self.run.processes(), signal.SIGUSR2)  # stacks
-        time.sleep(2)
-        self._keep("hang")
-        for fault in list(self.pending):
-            self._settle(fault)
-        self.run.kill()
-
-    def _report(self, fault: Fault) -> None:
-        count = len(self.done) - len(self.pending)
-        code = "" if fault.code is None else f"exit {fault.code}"
-        seconds = "" if fault.seconds is None else f"{fault.seconds:.1f} s"
-        line = f"{count:>4}  {fault.kind:<17}{fault.target:<19}{fault.instant:<9}update {fault.at:<5}"
-        line += f"{code:<9}lost {fault.lost:<4}{seconds:>8}  {fault.trouble}"
-        print(line, flush=True)
-        if fault.trouble:
-            self._keep(f"fault-{count:03d}")
-
-    def _keep(self, name: str) -> None:
-        """What the logs say at this instant."""
-        folder = self.evidence / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.run.console, *self.run.folder.glob("logs/*"), *self.run.folder.glob("*.json*")):
-            with suppress(OSError):
-                (folder / path.name).write_bytes(path.read_bytes()[-200_000:])
-        (folder / "faults.json").write_text(json.dumps([asdict(fault) for fault in self.done], indent=1))
-
-    def _note(self, text: str) -> None:
-        with open(self.run.console, "a", encoding="utf-8") as console:
-            console.write(f"--- {time.strftime('%H:%M:%S')} {text}\n")
-
-
-def _identity(checkpoint: Path) -> tuple[Path, int]:
-    """Another save of the same update is another folder."""
-    return checkpoint, checkpoint.stat().st_ino
 
 
 def make_dataset(folder: Path) -> Path:
@@ -338,18 +81,15 @@ def write_recipe(folder: Path, dataset: Path, updates: int) -> Path:
     return path
 
 
-def undisturbed(run: Run) -> float:
-    """Run to the end without faults; seconds from the start to the first update."""
-    run.start()
-    first = 0.0
-    while run.code() is None:
-        time.sleep(0.05)
-        run.look()
-        first = first or run.progress.stepped
-    if run.code() != 0:
-        raise SystemExit(f"the run without faults ended with {run.code()}: {run.console}")
-    run.look()
-    return (first or time.time()) - run.began
+def quick() -> list[Fault]:
+    """A few faults that need only one more start of the training itself."""
+    return [
+        Fault("SIGKILL", "launcher", "start-up", wait=0.3),
+        Fault("SIGTERM", "launcher", "start-up", wait=1.0),
+        Fault("SIGKILL", "torchrun", "start-up", wait=1.5),
+        Fault(FULL, "run folder", "save", update=7, hold=1.0),
+        Fault(FLIP, NEWEST, "update", update=16),
+    ]
 
 
 def table(faults: Sequence[Fault], skipped: int) -> str:
@@ -388,29 +128,29 @@ def main() -> None:
     began = time.monotonic()
     work = (args.out or Path(tempfile.mkdtemp(prefix="medfm-chaos-"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    updates = 45 if args.quick else 40 + 8 * args.faults
+    updates = 30 if args.quick else 40 + 12 * args.faults
     recipe = write_recipe(work, make_dataset(work), updates)
     print(f"shards built after {time.monotonic() - began:.0f} s", flush=True)
 
     def medfm(run: Path) -> Run:
         words = ["launch", "local", str(recipe), "--processes", "2", "--run", str(run)]
-        return Run(run, [sys.executable, "-m", "launch.cli", *words], ROOT, work / f"{run.name}.txt")
+        return Run(run, [sys.executable, "-m", "launch.cli", *words], work / f"{run.name}.txt")
 
     reference = medfm(work / "undisturbed")
     disk = Disk(work / "disk", 128)
     run = medfm(disk.folder / "harmed")
     try:
-        start_seconds = undisturbed(reference)
+        reference.start()
+        start_seconds = 0.0 if args.quick else finish(reference)  # quick: both runs at once
         print(f"{updates} updates without a fault; the first came after {start_seconds:.1f} s", flush=True)
         if args.quick:
-            faults = [Fault(*row) for row in QUICK]
-            for number, fault in enumerate(faults):
-                fault.update, fault.hold, fault.wait = 7 + 10 * number, 1.0, 0.2
+            faults = quick()
         else:
             faults = draw(args.faults, args.seed, updates, start_seconds)
         kept = [fault for fault in faults if fault.kind != FULL or disk.mounted]
         chaos = Chaos(run, disk, updates, args.seed, work / "evidence")
         chaos.go(kept)
+        finish(reference)
         found = differences(reference.folder, run.folder)
         left = run.processes()
         recovered = sum(fault.recovered for fault in chaos.done)

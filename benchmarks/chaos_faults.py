@@ -32,10 +32,6 @@ KINDS = (
     (FLIP, NEWEST), (FLIP, NEWEST), (CUT, NEWEST),
     (FULL, "run folder"), (FULL, "run folder"),
 )  # fmt: skip
-QUICK = (
-    ("SIGKILL", "launcher", "start-up"), (FULL, "run folder", "save"), (FLIP, NEWEST, "update"),
-    ("SIGKILL", "rank 1", "update"),
-)  # fmt: skip
 
 
 @dataclass

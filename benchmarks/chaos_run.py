@@ -17,6 +17,7 @@ import torch
 
 from engine import checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
 MARK = "MEDFM_CHAOS"  # in the environment of every process of a run
 
 
@@ -70,12 +71,11 @@ class Run:
     Args:
         folder: RUN.
         command: of the launcher.
-        cwd: where it is started.
         console: file that takes what it prints.
     """
 
-    def __init__(self, folder: Path, command: Sequence[str], cwd: Path, console: Path) -> None:
-        self.folder, self.command, self.cwd, self.console = folder, list(command), cwd, console
+    def __init__(self, folder: Path, command: Sequence[str], console: Path) -> None:
+        self.folder, self.command, self.console = folder, list(command), console
         self.progress = Progress(folder)
         self.launches = 0
         self.began = 0.0  # when the newest launch was started, by the launcher or by us
@@ -96,7 +96,7 @@ class Run:
             output.write(f"--- {time.strftime('%H:%M:%S')} {' '.join(self.command)}\n".encode())
             output.flush()
             self._process = subprocess.Popen(
-                self.command, cwd=self.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                self.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self._new_launch()
@@ -195,6 +195,18 @@ def _name(process: int) -> str:
     with suppress(psutil.Error):
         return psutil.Process(process).name()
     return ""
+
+
+def finish(run: Run) -> float:
+    """Wait for the end of a run that nothing is done to; seconds from its start to the first update."""
+    first = 0.0
+    while run.code() is None:
+        time.sleep(0.05)
+        run.look()
+        first = first or run.progress.stepped
+    if run.code() != 0:
+        raise RuntimeError(f"the run without faults ended with {run.code()}: {run.console}")
+    return (first or time.time()) - run.began
 
 
 def newest_update(run: Path) -> int:
