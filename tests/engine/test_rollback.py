@@ -50,32 +50,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     # Data that are not fit end a run without a save, here before and after the first save that follows.
     ends = [("--most_groups", str(3 * position + 1)) for position in (12, 16)]
-    launch(
-        [
-            *(toy(root / f"back-{s}", s, "fp32", *BAD) for s in range(4)),
-            *(toy(root / f"back-bf16-{s}", s, "bf16", *BAD) for s in (0, 3)),
-            [*again[0], *stop, "8"],
-            [*again[1], *stop, "9"],
-            [*again[2], *ends[0]],
-            [*again[3], *ends[1]],
-            toy(root / "twice", 1, "fp32", "--nan_at", "[7,8,9,11,12,13]", "--engine.checkpoint_every", "3"),
-            toy(root / "hopeless", 2, "fp32", "--nan_at", str([*range(7, 40)]), "--engine.max_rollbacks", "1"),
-            toy(root / "early", 0, "fp32", "--nan_at", "[2,3,4]"),
-            *(
-                toy(root / f"{bad}-{s}-{p}", s, p, f"--{bad}_at", f"[{SPIKE}]", **spiked)
-                for s, p in ((0, "fp32"), (1, "bf16"), (3, "bf16"))
-                for bad in ("spike", "nan")
-            ),
-            toy(root / "allowed", 1, "fp32", "--spike_at", f"[{SPIKE}]", "--engine.spike", "0", **spiked),
-            [*again[4], *stop, str(SPIKE - 1)],
-            toy(root / "longer", 1, "bf16", *wsd, updates=20),
-            toy(root / "extended", 1, "bf16", *wsd, updates=12),
-            toy(root / "extended", 1, "bf16", *wsd, "--continue-as", "more", updates=20),
-            [*toy(root / "killed", 2, "fp32", *BAD), *kill, "13"],
-        ],
-        processes=2,
-    )  # fmt: skip
-    launch([toy(root / "killed", 2, "fp32", *BAD), *again], processes=2)
+    first = [
+        *(toy(root / f"back-{s}", s, "fp32", *BAD) for s in range(4)),
+        *(toy(root / f"back-bf16-{s}", s, "bf16", *BAD) for s in (0, 3)),
+        [*again[0], *stop, "8"],
+        [*again[1], *stop, "9"],
+        [*again[2], *ends[0]],
+        [*again[3], *ends[1]],
+        toy(root / "twice", 1, "fp32", "--nan_at", "[7,8,9,11,12,13]", "--engine.checkpoint_every", "3"),
+        toy(root / "hopeless", 2, "fp32", "--nan_at", f"{[*range(7, 40)]}", "--engine.max_rollbacks", "1"),
+        toy(root / "early", 0, "fp32", "--nan_at", "[2,3,4]"),
+        *(
+            toy(root / f"{bad}-{s}-{p}", s, p, f"--{bad}_at", f"[{SPIKE}]", **spiked)
+            for s, p in ((0, "fp32"), (1, "bf16"), (3, "bf16"))
+            for bad in ("spike", "nan")
+        ),
+        toy(root / "allowed", 1, "fp32", "--spike_at", f"[{SPIKE}]", "--engine.spike", "0", **spiked),
+        [*again[4], *stop, str(SPIKE - 1)],
+        toy(root / "longer", 1, "bf16", *wsd, updates=20),
+        toy(root / "extended", 1, "bf16", *wsd, updates=12),
+        toy(root / "extended", 1, "bf16", *wsd, "--continue-as", "more", updates=20),
+        [*toy(root / "killed", 2, "fp32", *BAD), *kill, "13"],
+    ]  # fmt: skip
+    launch((2, first), (2, [toy(root / "killed", 2, "fp32", *BAD), *again]))
     return root
 
 

@@ -1,6 +1,6 @@
 """Runs of the toy task: how they are started, and what they leave behind.
 
-Importing DeepSpeed takes seconds, so a launch does several runs one after the other.
+Importing DeepSpeed takes seconds, so one process imports it for many runs (`forked_ranks.py`).
 """
 
 from __future__ import annotations
@@ -42,13 +42,11 @@ def words(run: Path, stage: int, precision: str = "fp32", *more: str) -> list[st
     ]
 
 
-def launch(runs: Sequence[list[str]], processes: int) -> None:
-    """Do several runs in one launch; each says in its verdict how it ended."""
-    command = [sys.executable, "-m", "launch.elastic", "--standalone", "--nproc-per-node", str(processes)]
-    command = command if processes > 1 else [sys.executable]
+def launch(*launches: tuple[int, Sequence[list[str]]]) -> None:
+    """Launch after launch, each a number of ranks and its runs; a run's verdict says how it ended."""
     subprocess.run(
-        [*command, str(HERE / "toy_worker.py"), "batch", json.dumps(runs)],
-        env={**os.environ, **ENV}, timeout=150, cwd=HERE, stdout=subprocess.DEVNULL,
+        [sys.executable, str(HERE / "forked_ranks.py"), json.dumps(launches)],
+        env={**os.environ, **ENV}, timeout=300, cwd=HERE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
 
 
