@@ -41,7 +41,7 @@ sys.path[0] = str(
 from engine.recipe import EngineConfig, Frozen  # noqa: E402
 from engine.train import train  # noqa: E402
 
-WIDTH, DEPTH, TOKENS = 256, 6, 160
+WIDTH, DEPTH, TOKENS = 192, 4, 256  # about as many tokens for a weight as a large batch has on a GPU
 AT_LEAST = 0.25  # seconds of an update, by which the number of samples is chosen
 WARM = 2  # blocks of each kind before those that count
 BATCHES = 4  # that are repeated

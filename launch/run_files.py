@@ -118,6 +118,8 @@ def _rank(path: Path, share: int) -> Rank:
     rank = Rank(int(path.stem.removeprefix("rank-")))
     for row in lines(path, share):
         kind = row.get("event")
+        if not isinstance(row.get("time"), int | float):
+            continue
         attempt = row.get("attempt", rank.attempt)
         if attempt != rank.attempt or kind == "start":
             rank.steps, rank.events, rank.alive, rank.attempt = [], [], {}, attempt
@@ -125,8 +127,7 @@ def _rank(path: Path, share: int) -> Rank:
             rank.alive = row
         else:
             (rank.steps if kind == "step" else rank.events).append(row)
-        if isinstance(row.get("time"), int | float):
-            rank.time = row["time"]
+        rank.time = row["time"]
     return rank
 
 
@@ -178,8 +179,8 @@ def _checkpoint(folder: Path) -> CheckpointFolder:
     try:
         time = complete.stat().st_mtime
         if not isinstance(listed, dict):
-            fault = "complete.json cannot be read"
-        for name, entry in (listed or {}).items():
+            listed, fault = {}, "complete.json cannot be read"
+        for name, entry in listed.items():
             if not fault and (folder / name).stat().st_size != entry["size"]:
                 fault = f"{name} has another size than was written"
     except FileNotFoundError as error:
