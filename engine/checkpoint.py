@@ -208,6 +208,8 @@ def seal(
         OSError, UserError: the disk did not take it, or a rank's file is not there.
     """
     for name, entry in files.items():
+        if not (scratch / name).is_file():
+            raise OSError(f"{scratch / name} is not there; all hosts must see the same run folder")
         if (size := (scratch / name).stat().st_size) != entry["size"]:
             raise OSError(f"{scratch / name} has {size} bytes here instead of {entry['size']}")
     _write(scratch / "state.json", {"format_version": FORMAT_VERSION, **state})

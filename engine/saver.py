@@ -253,12 +253,7 @@ class Saver:
             flush(self.run)
         save.scratch.mkdir(exist_ok=True)
         file = save.scratch / f"rank-{self.world.rank:05d}.safetensors"
-        try:
-            save.entry = write_tensors(file, self._snapshot.tensors, self._snapshot.metadata, save.note)
-        except BaseException:
-            with suppress(OSError):  # room for others, where the disk is full
-                file.unlink(missing_ok=True)
-            raise
+        save.entry = write_tensors(file, self._snapshot.tensors, self._snapshot.metadata, save.note)
 
     def _finish(self, save: _Save, entries: Mapping[str, Mapping[str, Any]]) -> None:
         """In a thread of rank 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -311,6 +312,49 @@ def test_a_storage_that_takes_nothing_ends_the_waiting(
     assert [s.last for s in savers] == [None, None]
     assert kept(run) == ["update-00000005"]
     assert settle_all(savers, 10) == ["", ""]
+
+
+def test_a_save_that_moves_is_waited_for(run: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank writes for ten times as long as a stuck storage is given."""
+    monkeypatch.setattr(module, "LEAST_PATIENCE", 0.1)
+    savers = pair(run)
+    disk.hold()
+
+    def beat() -> None:
+        save = savers[1]._save
+        if save is not None:
+            save.moved += 1
+            if time.monotonic() - save.began > 1:
+                disk.let_go()
+
+    settle = [partial(savers[0].settle, state(10)), partial(savers[1].settle, state(10), beat)]
+    assert together(settle) == ["", ""]
+
+
+def test_hosts_that_do_not_share_the_run_folder_are_told_so(run: Path) -> None:
+    other = run / "other"
+    other.mkdir()
+    begin_launch(other)
+    savers = pair(run)
+    savers[1].run = other
+    answers = settle_all(savers, 10)
+    assert answers[0] == answers[1]
+    assert answers[0].endswith("rank-00001.safetensors is not there; all hosts must see the same run folder")
+
+
+def test_a_file_that_rank_0_sees_only_half_of_is_no_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = checkpoint.seal
+
+    def late(scratch: Path, *rest: Any) -> None:
+        os.truncate(scratch / "rank-00001.safetensors", 800)
+        seal(scratch, *rest)
+
+    monkeypatch.setattr(checkpoint, "seal", late)
+    answers = settle_all(pair(run), 10)
+    assert "rank-00001.safetensors has 800 bytes here instead of" in answers[0]
+    assert kept(run) == []
 
 
 def test_an_older_launch_may_not_finish(run: Path, disk: Disk) -> None:
