@@ -14,13 +14,9 @@ of the run has begun.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +30,12 @@ from engine.logs import Logs
 from engine.recipe import EngineConfig
 from engine.snapshot import Snapshot
 from engine.tensor_file import flush, write_tensors
+from engine.work import Work
 from engine.zero_state import Partition
 
 FIRST_RETRY = 10  # updates after a failed save until it is tried again; doubled with every failure
 LEAST_PATIENCE = 30.0  # seconds without a byte written before a save on its way counts as stuck
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between tries of the last save of a launch
-NICENESS = 10  # of the threads that write, so that they take the processors that training leaves idle
 
 
 class Saver:
@@ -65,8 +61,6 @@ class Saver:
         failure: why the last save failed, empty once one has succeeded.
     """
 
-    LENGTH = 2  # numbers in `progress`
-
     def __init__(
         self,
         run: Path,
@@ -87,7 +81,7 @@ class Saver:
         self._snapshot = Snapshot(partition, self.whole(), world.device)
         self._phase: Literal["idle", "writing", "finishing", "stopping", "clearing"] = "idle"
         self._save: _Save | None = None
-        self._work: _Work | None = None
+        self._work: Work | None = None
         self._number = self._failures = self._heard = self._retry_at = 0
         self._put_off = False
         self._stalled = 0.0
@@ -127,9 +121,9 @@ class Saver:
             self._snapshot.take(self.partition, self.whole())
         except Exception as error:
             # Told to the other ranks like any other failure; raised here they would wait for this one.
-            self._work = _Work(None, error)
+            self._work = Work(None, error)
         else:
-            self._work = _Work(lambda: self._write(save))
+            self._work = Work(lambda: self._write(save))
         self._count_stall(save, began)
         return True
 
@@ -181,12 +175,13 @@ class Saver:
         patience = max(60.0 * self.config.save_minutes, LEAST_PATIENCE)
         seen, moved_at = None, time.monotonic()
         while (save := self._save) is not None:
-            if (now := (save, save.moved, self._phase)) != seen:
+            phase = self._phase
+            if (now := (save, save.moved, phase)) != seen:
                 seen, moved_at = now, time.monotonic()
             still = time.monotonic() - moved_at > patience
             *sums, unmoved = self.world.sum([*self.progress(), float(still)])
             self.hear(sums)
-            if unmoved == self.world.size:
+            if unmoved == self.world.size and (self._save, self._phase) == (save, phase):
                 save.given_up, self._phase = True, "stopping"
                 what = f"the storage took nothing of update {save.update} for {patience:.0f} s"
                 self.failure = f"{what} ({self.failure})" if self.failure else what
@@ -242,7 +237,7 @@ class Saver:
     def _next(self, phase: Literal["finishing", "clearing"], work: Callable[[], None]) -> None:
         """Rank 0 has work in this stage, the others wait for its end."""
         self._phase = phase
-        self._work = _Work(work) if self.world.rank == 0 else None
+        self._work = Work(work) if self.world.rank == 0 else None
 
     def _write(self, save: _Save) -> None:
         """In a thread of every rank."""
@@ -328,38 +323,6 @@ class _Save:
         self.moved = moved
         if self.given_up:
             raise RuntimeError("the save was given up")
-
-
-class _Work:
-    """A function that runs in a thread, and how it ended.
-
-    The thread does not keep the process alive: one that waits for a vanished storage never ends.
-    """
-
-    def __init__(self, body: Callable[[], None] | None, error: BaseException | None = None) -> None:
-        self.error, self.ended = error, threading.Event()
-        if body is not None:
-            try:
-                threading.Thread(target=self._run, args=(body,), name="saver", daemon=True).start()
-                return
-            except RuntimeError as refused:  # the system has no more threads
-                self.error = refused
-        self.ended.set()
-
-    @property
-    def running(self) -> bool:
-        return not self.ended.is_set()
-
-    def _run(self, body: Callable[[], None]) -> None:
-        if sys.platform == "linux":  # where priority is a thread's, not the process's
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        try:
-            body()
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.ended.set()
 
 
 def _rest(seconds: float, beat: Callable[[], None]) -> None:

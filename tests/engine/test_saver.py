@@ -331,6 +331,19 @@ def test_a_save_that_moves_is_waited_for(run: Path, disk: Disk, monkeypatch: pyt
     assert together(settle) == ["", ""]
 
 
+def test_a_save_that_ends_as_patience_does_is_saved(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_PATIENCE", -1.0)
+    one = saver(run)
+    one.begin(state(10))
+    assert one._work is not None
+    assert one._work.ended.wait(20)
+    turn(one)  # written
+    assert one._work.ended.wait(20)
+    assert one.wait() == ""
+    assert one.last == (10, 11)
+    assert one.begin(state(20))
+
+
 def test_hosts_that_do_not_share_the_run_folder_are_told_so(run: Path) -> None:
     other = run / "other"
     other.mkdir()
