@@ -75,7 +75,7 @@ class Evaluation:
         autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         self.engine.eval()
         with (
-            whole_model(self.engine, config.zero_stage),
+            whole_model(self.engine),
             untouched_generators(world.device),
             self.compilation.paused(),
             torch.no_grad(),

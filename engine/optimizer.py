@@ -35,12 +35,19 @@ class Autocast(nn.Module):
             return self.model(batch)
 
 
+def stage_of(config: EngineConfig, world: World) -> int:
+    """The ZeRO stage in use: one process has nothing to shard, and is spared the copies that sharding
+    makes."""
+    return config.zero_stage if world.size > 1 else 0
+
+
 def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition]:
     """Build AdamW and the DeepSpeed engine; returns the engine and what this rank owns of the parameters.
 
     Raises UserError for ZeRO 3 over several ranks with a model whose calls depend on the data.
     """
-    if config.zero_stage == 3 and world.size > 1 and getattr(task.model, "calls_vary", False):
+    stage = stage_of(config, world)
+    if stage == 3 and getattr(task.model, "calls_vary", False):
         raise UserError(
             "engine.zero_stage 3: ranks call this model's parts in different numbers, and ZeRO 3 gathers "
             "weights at each call; use stage 0, 1 or 2"
@@ -56,10 +63,10 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
         fused=True,
     )
     numel = sum(p.numel() for p in task.model.parameters())
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.zero_stage:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
         zero["reduce_bucket_size"] = min(BUCKET, max(numel, 1024))
-    if config.zero_stage in (1, 2):
+    if stage in (1, 2):
         zero |= {"allgather_bucket_size": BUCKET, "compute_grad_norm": False}
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -74,13 +81,15 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
     }
     model = Autocast(task.model, world.device, config.precision == "bf16").to(world.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
-    return engine, partition_of(engine, task.model, config.zero_stage, world.rank, world.size)
+    if stage == 0 and world.size == 1:
+        engine.enable_backward_allreduce = False  # it would flatten the gradient for nobody
+    return engine, partition_of(engine, task.model, stage, world.rank, world.size)
 
 
-def whole_model(engine: Any, stage: int) -> AbstractContextManager[Any]:
+def whole_model(engine: Any) -> AbstractContextManager[Any]:
     """Inside, every rank holds every parameter, so that evaluation need not run in step on all ranks (ZeRO
     3)."""
-    if stage < 3:
+    if engine.zero_optimization_stage() < 3:
         return nullcontext()
     context: AbstractContextManager[Any] = import_deepspeed().zero.unwrap_model_for_generation(engine)
     return context

@@ -105,7 +105,7 @@ class Updates:
             progress.apply(total, config.spike_window)
         forward = self._forward.take()
         # At ZeRO 3 a forward pass gathers weights, and so waits for the other ranks.
-        own = waited + (forward if config.zero_stage < 3 else 0.0)
+        own = waited + (forward if self.engine.zero_optimization_stage() < 3 else 0.0)
         seconds = time.perf_counter() - began
         return Outcome(
             position, total, norm, against, lr, named, counts, summed, seconds, own, waited,

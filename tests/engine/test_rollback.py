@@ -19,6 +19,7 @@ from engine import loop
 from engine.recipe import EngineConfig
 from engine.train import train
 from engine.verdict import read_verdict
+from engine.zero_state import Partition
 
 pytestmark = pytest.mark.slow
 
@@ -244,9 +245,7 @@ def test_a_stop_request_at_any_instant_ends_in_a_saved_state(
         if when == "where_to":
             patch.setattr(loop, "where_to", signalling(loop.where_to))
         elif when == "load":
-            from engine.zero_state import Sharded
-
-            patch.setattr(Sharded, "load", signalling(Sharded.load))
+            patch.setattr(Partition, "load", signalling(Partition.load))
         else:
             patch.setattr(task, when, signalling(getattr(task, when)))
         verdict = train(task, config, tmp_path)

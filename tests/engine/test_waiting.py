@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_worker import ToyRecipe, ToyTask
 
+from engine import optimizer
 from engine.distributed import World, import_deepspeed, join
 from engine.hardware import matmul_rate
 from engine.metrics import Sums
@@ -83,7 +84,8 @@ def world() -> World:
 def train_toy(
     run: Path, stage: int, watch: Any, device: str = "cpu", flops: int = 0
 ) -> list[dict[str, float]]:
-    """Four updates of the toy task, each inside `watch()`; returns what was logged."""
+    """Four updates of the toy task, each inside `watch()`; returns what was logged. With one rank, too, the
+    stage is that asked for."""
     inner = Updates.make
 
     def make(self: Any, progress: Any, *arguments: Any) -> Any:
@@ -96,6 +98,7 @@ def train_toy(
         task.flops_per_update = flops  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Updates, "make", make)
+        patch.setattr(optimizer, "stage_of", lambda config, world: config.zero_stage)
         assert train(task, config, run).state == "finished"
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -107,7 +107,8 @@ class ToyTask:
     samples_per_update = GROUPS * PER_GROUP
 
     def __init__(self, recipe: ToyRecipe, run: Path) -> None:
-        self.the_recipe, self.run, self.model = recipe, run, ToyModel(recipe)
+        self.the_recipe, self.run = recipe, run
+        self.model: nn.Module = ToyModel(recipe)
         self.data = ToyData(recipe)
 
     def micro_steps(self, world: int) -> int:
