@@ -36,7 +36,7 @@ sys.path[0] = str(
     Path(__file__).parents[1]
 )  # this file's own folder would hide the packages that its neighbours are named after
 
-from benchmarks.chaos_driver import HANG_MINUTES, Chaos  # noqa: E402
+from benchmarks.chaos_driver import HANG_MINUTES, Chaos, GivenUp  # noqa: E402
 from benchmarks.chaos_faults import FLIP, FULL, NEWEST, Disk, Fault, draw  # noqa: E402
 from benchmarks.chaos_run import ROOT, Run, differences, finish  # noqa: E402
 
@@ -149,9 +149,12 @@ def main() -> None:
             faults = draw(args.faults, args.seed, updates, start_seconds)
         kept = [fault for fault in faults if fault.kind != FULL or disk.mounted]
         chaos = Chaos(run, disk, updates, args.seed, work / "evidence")
-        chaos.go(kept)
-        finish(reference)
-        found = differences(reference.folder, run.folder)
+        try:
+            chaos.go(kept)
+            finish(reference)
+            found = differences(reference.folder, run.folder)
+        except GivenUp as error:
+            found = [str(error)]
         left = run.processes()
         recovered = sum(fault.recovered for fault in chaos.done)
         good = not (found or left or chaos.hangs or chaos.surprises) and recovered == len(chaos.done)
@@ -166,15 +169,15 @@ def main() -> None:
         print(line)
     if left:
         print(f"{len(left)} processes of the run are left behind")
+    lost = [fault.lost or 0 for fault in chaos.done] or [0]
+    seconds = [fault.seconds for fault in chaos.done if fault.seconds is not None] or [0.0]
     result = {
         "faults": len(chaos.done), "recovered": recovered, "identical": not found, "hangs": chaos.hangs,
         "skipped": len(faults) - len(kept), "surprises": len(chaos.surprises), "left_behind": len(left),
+        "longest_silence_s": round(chaos.silence, 1),
         "updates": updates, "launches": run.launches, "seed": args.seed, "quick": args.quick,
-        "updates_lost_median": statistics.median(fault.lost or 0 for fault in chaos.done),
-        "updates_lost_max": max(fault.lost or 0 for fault in chaos.done),
-        "seconds_to_recover_median": round(
-            statistics.median(f.seconds for f in chaos.done if f.seconds is not None), 1
-        ),
+        "updates_lost_median": statistics.median(lost), "updates_lost_max": max(lost),
+        "seconds_to_recover_median": round(statistics.median(seconds), 1),
         "seconds_to_start": round(start_seconds, 1), "seconds": round(time.monotonic() - began),
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",

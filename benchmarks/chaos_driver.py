@@ -26,11 +26,17 @@ from benchmarks.chaos_faults import (
     send,
 )  # fmt: skip
 from benchmarks.chaos_run import Run
+from engine.signals import STACKS
 
 HANG_MINUTES = 0.5
 STILL_SECONDS = 60 * HANG_MINUTES + 90
 """Without a sign of life for so long the run hangs: the watchdog's time, what it and the launcher leave to
 the processes for their stacks, and a start on a busy machine."""
+MOST_STARTS = 6  # in a row without a fault between and without an update
+
+
+class GivenUp(RuntimeError):
+    """The run no longer goes on, however often it is started."""
 
 
 class Chaos:
@@ -42,6 +48,12 @@ class Chaos:
         updates: at which it is finished.
         seed: of what is left to chance when a fault is done.
         evidence: folder for what is left of a fault that was not recovered from.
+
+    Attributes:
+        done: the faults so far.
+        hangs: times that the run was silent for longer than `STILL_SECONDS`.
+        silence: the longest time without a sign of life, in seconds.
+        surprises: ends of the launcher that no fault explains.
     """
 
     def __init__(self, run: Run, disk: Disk, updates: int, seed: int, evidence: Path) -> None:
@@ -51,12 +63,18 @@ class Chaos:
         self.pending: list[Fault] = []
         self.hangs = self.exits = self.starts = 0
         self.finished = False
+        self.silence = 0.0
         self.surprises: list[str] = []
         self._damaged: set[tuple[Path, int]] = set()
         self._ended = False
+        self._fruitless = 0  # starts since an update or a fault
 
     def go(self, faults: Sequence[Fault]) -> None:
-        """All faults, then the rest of the run."""
+        """All faults, then the rest of the run.
+
+        Raises:
+            GivenUp: it does not go on.
+        """
         for number, fault in enumerate(faults):
             self._reach(fault)
             self._do(fault)
@@ -97,6 +115,7 @@ class Chaos:
         fault.early = run.torchrun() is None
         self.pending.append(fault)
         self.done.append(fault)
+        self._fruitless = 0
         if fault.kind in (FLIP, CUT):
             self._damage(fault)
         elif fault.kind == FULL:
@@ -174,10 +193,18 @@ class Chaos:
         for fault in list(self.pending):
             if self._recovered(fault):
                 self._settle(fault)
-        if self.run.code() is None and time.monotonic() - self.run.progress.moved > STILL_SECONDS:
+        if self._training():
+            self._fruitless = 0
+        still = time.monotonic() - self.run.progress.moved if self.run.code() is None else 0.0
+        self.silence = max(self.silence, still)
+        if still > STILL_SECONDS:
             self._hang()
 
     def _start(self) -> None:
+        self._fruitless += 1
+        if self._fruitless > MOST_STARTS:
+            self._keep("given-up")
+            raise GivenUp(f"the run did not go on in {MOST_STARTS} launches: {self.run.console}")
         self._ended = self.finished = False
         self.run.start()
 
@@ -235,7 +262,7 @@ class Chaos:
         self.hangs += 1
         for fault in self.pending:
             fault.trouble = f"no sign of life for {STILL_SECONDS:.0f} s"
-        send(self.run.processes(), signal.SIGUSR2)  # stacks
+        send(list(self.run.ranks().values()), STACKS)
         time.sleep(2)
         self._keep("hang")
         for fault in list(self.pending):

@@ -15,7 +15,7 @@ from benchmarks.chaos_faults import FLIP, FULL, KINDS, NEWEST, Disk, Fault, draw
 from benchmarks.chaos_run import Run, differences, finish
 from engine.zero_state import MOMENTS
 
-UPDATES = 50
+UPDATES = 36
 LAUNCH = (
     "import sys; from launch.local import run_local; "
     "sys.exit(run_local('tests.engine.toy_worker', None, sys.argv[2:], 2, run=sys.argv[1]))"
@@ -33,7 +33,6 @@ FAULTS = (
     Fault(FLIP, NEWEST, "update", update=14),
     Fault("SIGUSR1", "every process", "start-up", wait=1.0, again=0.3),
     Fault("SIGKILL", "rank 1", "save", update=21),
-    Fault("SIGTERM", "rank 0", "update", update=34, again=0.05),
 )
 
 
