@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.memory import Prediction, explain
 from engine.verdict import USER_ERROR, Verdict, read_attempt, write_verdict
 from launch.meeting import Guest, Lost, Meeting, interface
 from launch.plan import Place, Plan, plan_run
@@ -118,7 +119,9 @@ def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
         others, lost = meeting.reports()
         verdict = conclude([*said, *others], told=heard.stop, oom_killed=oom_killed, lost=lost)
         attempt = max(before + 1, read_attempt(plan.run), verdict.attempt)
-        verdict = Verdict(**{**asdict(verdict), "attempt": attempt})
+        verdict = replace(verdict, attempt=attempt)
+        if verdict.state == "out_of_memory" and oom_killed:
+            verdict = replace(verdict, message=f"{verdict.message}; {_memory(plan.run)}")
         launches.append(Launch(verdict, _newest(plan.run), heard.stop))
         more, why = again(launches, plan.restarts, saved_before)
         meeting.tell(verdict, more)
@@ -176,7 +179,8 @@ def _do_part(plan: Plan, place: Place, hosts: Meeting | Guest, heard: Heard) -> 
 def _patience(workers: Workers, hosts: Meeting | Guest) -> float:
     """Seconds that the processes still have: without end unless one of them, or another host, has ended."""
     said = workers.said()
-    if any(one.verdict and one.verdict.state in ("finished", "preempted") for one in said):
+    verdicts = [one.verdict for one in said if one.verdict is not None]
+    if any(v.state in ("finished", "preempted") and v.kind != "unsaved" for v in verdicts):
         return DONE_SECONDS
     return FAILED_SECONDS if said or workers.one_gone() or hosts.trouble() else float("inf")
 
@@ -189,6 +193,17 @@ def _write_down(run: Path, **values: object) -> None:
             file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
     except OSError as error:
         _say(f"{run / 'launches.jsonl'} cannot be written ({error})")
+
+
+def _memory(run: Path) -> str:
+    """What rank 0 predicted, the limit, and what to set: a killed worker cannot say it."""
+    predicted = None
+    with suppress(OSError, ValueError, TypeError):
+        for line in (run / "logs" / "rank-000.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row.get("event") == "memory":
+                predicted = Prediction(**{k: v for k, v in row.items() if k not in ("time", "event")})
+    return explain(predicted, None)
 
 
 def _newest(run: Path) -> str:

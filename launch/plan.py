@@ -167,7 +167,7 @@ def plan_run(
     folder = run if run is not None else settings.run
     if not str(folder):
         raise UserError(f"{recipe}: no run folder; set `run` in the recipe or give --run DIR")
-    if engine.min_nodes > nodes:
+    if 1 < nodes < engine.min_nodes:
         raise UserError(f"engine.min_nodes: {engine.min_nodes} of {nodes} hosts cannot be had")
     return Plan(
         stage=stage,

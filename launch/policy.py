@@ -79,10 +79,11 @@ def conclude(
         return Verdict("failed", update, message=lost)
     if died:
         return Verdict("failed", update, message="; ".join(_death(one) for one in died[:1]))
-    if trouble:
-        return trouble[0]
-    if early:
-        return early[0]
+    # A rank that a signal ends while it starts breaks the others' collectives; one whose collective broke has
+    # the others ended by torchrun's signal: whichever was said first is the cause.
+    for verdict in verdicts:
+        if verdict in trouble or verdict in early:
+            return verdict
     if any(-one.code in _POLITE for one in said):
         text = "stopped by a signal before it had begun; start again to go on"
         return Verdict("preempted", message=text, kind="unsaved")

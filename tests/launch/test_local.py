@@ -10,12 +10,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from engine.verdict import LAUNCHED, Verdict, read_verdict, write_verdict
+from engine.verdict import LAUNCHED, Verdict, out_of_memory, read_verdict, write_verdict
 from engine.worker import run_worker
 from launch import workers
-from launch.local import run_local
+from launch.local import _memory, run_local
 from launch.plan import Place, plan_run
 from launch.workers import Workers
 
@@ -61,6 +63,16 @@ def test_out_of_memory_is_its_own_verdict_and_not_tried_again(tmp_path: Path) ->
     assert go(tmp_path, "--fault", "out of memory") == 5
     (end,) = launches(tmp_path)
     assert (end["verdict"]["state"], end["again"]) == ("out_of_memory", False)
+
+
+def test_real_failures_for_lack_of_memory_are_known_as_such() -> None:
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    with pytest.raises(MemoryError) as of_numpy:
+        np.empty(1 << 50, np.uint8)
+    assert out_of_memory(of_torch.value)
+    assert out_of_memory(of_numpy.value)
+    assert not out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_a_finished_run_that_aborts_at_exit_is_finished(tmp_path: Path) -> None:
@@ -138,6 +150,16 @@ def test_the_kernels_count_of_kills_for_memory_is_read(
     assert workers.oom_kills() == 2
 
 
+def test_what_the_kernel_killed_is_explained_from_the_log(tmp_path: Path) -> None:
+    fields = {"device": "cpu", "parts": {"weights": 8 << 30}, "host": {}, "ranks": 2}
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-000.jsonl").write_text(
+        json.dumps({"time": 1, "event": "memory", **fields}) + "\n"
+    )
+    assert "weights 8.00 GiB" in _memory(tmp_path)
+    assert _memory(tmp_path / "absent").startswith("out of memory")
+
+
 @pytest.mark.parametrize(("rank", "launched"), [("0", False), ("0", True), ("1", True)])
 def test_wrong_input_met_by_any_rank_ends_as_wrong_input_and_is_said_once(
     rank: str, launched: bool, tmp_path: Path,
@@ -184,7 +206,7 @@ def test_a_plan_renders_torchruns_words_and_those_of_each_host(tmp_path: Path) -
         ({"nodes": 2, "node_rank": 2, "rendezvous": "a:1"}, "from 0 to 1"),
         ({"nodes": 2}, "HOST:PORT"),
         ({"nodes": 2, "rendezvous": "a"}, "HOST:PORT"),
-        ({"overrides": ["--engine.min_nodes", "2"]}, "min_nodes"),
+        ({"nodes": 2, "rendezvous": "a:1", "overrides": ["--engine.min_nodes", "3"]}, "min_nodes"),
         ({"overrides": ["--engine.updats", "2"]}, "did you mean `engine.updates`"),
         ({"run": None}, "no run folder"),
     ],

@@ -38,6 +38,8 @@ ENDED = Said(0, code=-signal.SIGTERM)
         ([said(0, "hung", "no update"), KILLED], "hung", "no update"),
         ([said(0, "preempted", "early", "unsaved"), KILLED], "failed", "rank 1 was killed"),
         ([said(0, "preempted", "early", "unsaved"), ENDED], "preempted", "early"),
+        ([said(0, "preempted", "early", "unsaved"), said(1, "failed", GLOO)], "preempted", "early"),
+        ([said(1, "failed", GLOO), said(0, "preempted", "early", "unsaved")], "failed", "Connection"),
         ([ENDED], "preempted", "before it had begun"),
         ([Said(0, code=9)], "failed", "without a word (exit code 9)"),
         ([], "failed", "without a word"),

@@ -137,6 +137,9 @@ def test_a_cut_link_and_a_killed_host_change_no_bit(hosts: Hosts, tmp_path: Path
     second = hosts.start(1, run)
     assert first.wait(timeout=300) == second.wait(timeout=300) == 0
     assert [end["verdict"]["state"] for end in rows(run, "end")] == ["failed", "failed", "finished"]
+    for rank in range(2):  # what each was in when the other was lost
+        stacks = (run / "logs" / f"rank-{rank:03d}.stacks.txt").read_text()
+        assert "all_reduce" in stacks
     assert {start["nodes"] for start in rows(run, "launch")} == {2}
 
     assert run_local("toy_worker", None, WORDS, 2, run=alone, env=ENV) == 0
