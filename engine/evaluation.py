@@ -39,7 +39,7 @@ class Evaluation:
         self._began = time.monotonic()
         self._spent = self._last = 0.0
 
-    def run_if_due(self, update: int, beat: Callable[[], None]) -> bool:
+    def run_if_due(self, update: int, beat: Callable[[], None] = lambda: None) -> bool:
         """After update `update`: evaluate where that is due and affordable; the last update always is.
 
         beat: called before and after, for the watchdog. Returns whether it evaluated.

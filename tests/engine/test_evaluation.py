@@ -27,6 +27,16 @@ def world() -> World:
     return join(EngineConfig(device="cpu"))
 
 
+class Engine(torch.nn.Linear):
+    """A model that stands for the DeepSpeed engine, too."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+
 def evaluated(world: World, share: float, update_seconds: list[float], cost: list[float]) -> Any:
     """Run the schedule against a clock of our own; returns (update, time before, time after) of each
     evaluation, and what was said."""
@@ -34,7 +44,7 @@ def evaluated(world: World, share: float, update_seconds: list[float], cost: lis
     clock.monotonic = lambda: clock.now
     done: list[tuple[int, float, float]] = []
     said: list[str] = []
-    model = torch.nn.Linear(1, 1)
+    model = Engine()
 
     def evaluate(update: int, *_: Any) -> dict[str, float]:
         before = clock.now
@@ -43,7 +53,7 @@ def evaluated(world: World, share: float, update_seconds: list[float], cost: lis
         return {}
 
     task: Any = SimpleNamespace(model=model, evaluate=evaluate, pictures=lambda *_: None)
-    logs: Any = SimpleNamespace(say=said.append, writer=None)
+    logs: Any = SimpleNamespace(say=said.append, writer=None, event=lambda *_, **__: None)
     config = EngineConfig(updates=UPDATES, evaluate_every=EVERY, evaluate_share=share)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "time", clock)
@@ -97,11 +107,14 @@ def test_generators_go_on_as_if_nothing_had_been_drawn(world: World) -> None:
     def draw(*_: Any) -> dict[str, float]:
         return {"x": float(torch.rand(3).sum() + np.random.rand(3).sum() + random.random())}  # noqa: NPY002
 
-    model = torch.nn.Linear(1, 1).train()
+    model = Engine().train()
     task: Any = SimpleNamespace(model=model, evaluate=draw, pictures=draw)
     scores: list[Any] = []
     logs: Any = SimpleNamespace(
-        writer=None, say=lambda text: None, scalars=lambda *values, **_: scores.append(values)
+        writer=None,
+        say=lambda text: None,
+        event=lambda *_, **__: None,
+        scalars=lambda *values, **_: scores.append(values),
     )
     config = EngineConfig(updates=2, evaluate_every=1, evaluate_share=1.0)
     schedule = Evaluation(task, config, world, model, logs, Compilation(model, config, world.device))
