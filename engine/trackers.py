@@ -1,4 +1,4 @@
-"""Where figures and pictures of a run can be looked at: TensorBoard, Weights & Biases, MLflow.
+"""Where figures and pictures of a run can be looked at: TensorBoard, Weights & Biases, MLflow; RUN/pictures.
 
 A tracker is called from a thread of its own (`engine.background`), so that it may wait for a disk or a server
 as long as it likes.
@@ -11,9 +11,11 @@ import os
 import re
 import secrets
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +30,14 @@ from engine.recipe import leaves
 from engine.verdict import write_text
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+PICTURES = "pictures"
 MOST_WAITING = 64 << 20  # bytes of figures and pictures kept for a tracker that does not take them
-CLOSE_SECONDS = {"tensorboard": 5.0, "wandb": 60.0, "mlflow": 30.0}  # for the last entries at the end
+CLOSE_SECONDS = {
+    "tensorboard": 5.0,
+    "wandb": 60.0,
+    "mlflow": 30.0,
+    PICTURES: 5.0,
+}  # for the last entries at the end
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,10 @@ class Trackers:
             "tensorboard": lambda: TensorBoard(run),
             "wandb": lambda: WeightsAndBiases(run, project, recipe),
             "mlflow": lambda: MLflow(run, project, recipe),
+            PICTURES: lambda: PictureFiles(run / PICTURES),
         }
         self.threads: dict[str, Background[Entry]] = {}
-        self._deliveries = {name: _Delivery(makers[name]) for name in names}
+        self._deliveries = {name: _Delivery(makers[name]) for name in (*names, PICTURES)}
         for name, deliver in self._deliveries.items():
             self.threads[name] = Background(
                 name, deliver, tell, lambda entry: entry.size, MOST_WAITING, deliver.close
@@ -136,13 +145,13 @@ class Trackers:
 
     def add_figure(self, tag: str, figure: Any, global_step: int) -> None:
         """A figure of matplotlib; it is drawn here and closed."""
-        from matplotlib import pyplot
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
-        pyplot.close(figure)
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close(figure)
         self._put(Image(tag, pixels, global_step, time.time()))
 
     def close(self, failed: bool) -> list[str]:
@@ -243,6 +252,23 @@ class TensorBoard:
 
     def close(self, failed: bool) -> None:
         self._file.close()
+
+
+class PictureFiles:
+    """Pictures whose tag begins with `pictures/`, as `RUN/pictures/update-%08d-NAME.png`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def take(self, entry: Entry) -> None:
+        if isinstance(entry, Image) and entry.tag.startswith("pictures/"):
+            name = entry.tag.removeprefix("pictures/").replace("/", "-")
+            with suppress(FileExistsError):
+                self.folder.mkdir()
+            (self.folder / f"update-{entry.update:08d}-{name}.png").write_bytes(_png(entry.pixels))
+
+    def close(self, failed: bool) -> None:
+        pass
 
 
 class WeightsAndBiases:

@@ -199,7 +199,7 @@ class Follower:
             self._writer = SummaryWriter(str(self.run / "tensorboard" / "probe"))
         for name, value in scores.items():
             self._writer.add_scalar(tag(f"evaluate/{name}"), value, update)
-        save(quality.pictures, None, update, self._writer)
+        save(quality.pictures, update, self._writer)
         self._writer.flush()
         record.add(
             {

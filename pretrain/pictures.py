@@ -5,7 +5,6 @@ crop.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.geometry import PATCH
+from engine.task import Writer
 from model.normalise import denormalise
 from model.patches import unpatchify
 from pretrain.batch import RowBlock, geometry_of_block
@@ -119,19 +119,12 @@ def draw(picture: Picture, title: str = "") -> Any:
     return figure
 
 
-def save(pictures: list[Picture], folder: Path | None, update: int, writer: Any) -> list[Path]:
-    """Write each picture to TensorBoard and, where a folder is given, as
-    `folder/update-%08d-MODALITY-K.png`; returns the files.
-    """
-    files: list[Path] = []
+def save(pictures: list[Picture], update: int, writer: Writer) -> None:
+    """Give each picture to the run's trackers as `pictures/MODALITY-K`."""
     counts: dict[str, int] = {}
     for picture in sorted(pictures, key=lambda p: (p.modality, p.index)):
         number = counts.get(picture.modality, 0)
         counts[picture.modality] = number + 1
-        figure = draw(picture, f"update {update}: ")
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            files.append(folder / f"update-{update:08d}-{picture.modality}-{number}.png")
-            figure.savefig(files[-1], dpi=90)
-        writer.add_figure(f"pictures/{picture.modality}-{number}", figure, update)
-    return files
+        writer.add_figure(
+            f"pictures/{picture.modality}-{number}", draw(picture, f"update {update}: "), update
+        )

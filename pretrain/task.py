@@ -136,9 +136,9 @@ class PretrainTask:
         return scores
 
     def pictures(self, update: int, rank: int, world: int, writer: Any) -> None:
-        """Reconstructions that the last `evaluate` kept, to TensorBoard and `RUN/pictures`; by rank 0."""
-        if rank == 0 and self._recipe.run:
-            save(self.quality.pictures, Path(self._recipe.run) / "pictures", update, writer)
+        """Reconstructions that the last `evaluate` kept, to the trackers and `RUN/pictures`; by rank 0."""
+        if rank == 0:
+            save(self.quality.pictures, update, writer)
 
     def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
         """Write `encoder.safetensors` and `plan.json` from the whole network's float32 state dict."""

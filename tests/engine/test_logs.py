@@ -150,7 +150,7 @@ def test_a_full_disk_stops_nothing_is_said_once_and_nothing_is_lost_when_there_i
         for update in range(2, 400):
             log.step(update, update - 1, 0.1)
             log.scalars(update, {"loss": float(update)}, show=False)
-        log.writer.add_image("noise", np.zeros((1, 4, 4), np.float32), 399)
+        log.writer.add_image("pictures/noise", np.zeros((1, 4, 4), np.float32), 399)
         log.record("bad_updates.jsonl", {"update": 399})
         assert not log.flush(0.5)
         wait_for(lambda: "cannot be written" in capfd.readouterr().out)
@@ -160,6 +160,7 @@ def test_a_full_disk_stops_nothing_is_said_once_and_nothing_is_lost_when_there_i
     assert [row["update"] for row in rows(run / "metrics.jsonl")] == list(range(2, 400))
     assert rows(run / "bad_updates.jsonl")[0]["update"] == 399
     assert scalars_of(run)["loss"] == [(n, float(n)) for n in range(2, 400)]
+    assert (run / "pictures" / "update-00000399-noise.png").read_bytes().startswith(b"\x89PNG")
     said = capfd.readouterr()
     assert said.out.count("cannot be written") == 0
     assert said.out.count("written again") == 1
@@ -199,7 +200,7 @@ def test_a_disk_and_a_server_that_hang_stop_neither_training_nor_its_end(
     blocked = os.open  # the engine opens for reading and writing, which a pipe does not make wait
     monkeypatch.setattr(background.os, "open", lambda p, f, *a: blocked(p, f & ~os.O_RDWR | os.O_WRONLY, *a))
     monkeypatch.setattr(logs, "CLOSE_SECONDS", 0.5)
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", {"mlflow": 0.5, "tensorboard": 10.0})
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", {"mlflow": 0.5, "tensorboard": 10.0, "pictures": 10.0})
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         with Logs(tmp_path, FIRST, config("tensorboard", "mlflow")) as log:
@@ -321,21 +322,20 @@ def test_weights_and_biases_keeps_one_run_over_launches(
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    log_all(tmp_path, "wandb")
-    log_all(tmp_path, "wandb", start=1)
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    identity = (tmp_path / "wandb-id").read_text().strip()
-    assert {file.name for file in files} == {f"run-{identity}.wandb"}
-    seen: list[dict[str, Any]] = []
-    for file in files:
+    identities, seen = set(), list[dict[str, Any]]()
+    for start in (0, 1):
+        log_all(tmp_path, "wandb", start)
+        (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+        identities.add(file.name)
         for data in leveldb_records(file.read_bytes()):
             record = Record.FromString(data)
             if record.HasField("history"):
-                seen.append(
-                    {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in record.history.item}
-                )
+                items = record.history.item
+                seen.append({(i.key or i.nested_key[0]): json.loads(i.value_json) for i in items})
             if record.HasField("run"):
                 assert record.run.project == "medfm"
+        shutil.rmtree(tmp_path / "wandb")
+    assert identities == {f"run-{(tmp_path / 'wandb-id').read_text().strip()}.wandb"}
     losses = [(row["update"], row["loss/CT"], row["val/CT"]) for row in seen if "loss/CT" in row]
     assert losses == [(1, 0.5, 0.25), (2, 0.5, 0.25)]
     assert sorted(row["update"] for row in seen if "pictures/CT-0" in row) == [1, 2]
@@ -370,7 +370,7 @@ def test_a_tracker_that_refuses_is_said_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("mlflow")
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", {"mlflow": 20.0})
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", {"mlflow": 20.0, "pictures": 10.0})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///nothing.db")  # the small package has no databases
     with Logs(tmp_path, FIRST, config("mlflow")) as log:
         log.scalars(1, {"loss": 1.0})

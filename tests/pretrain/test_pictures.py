@@ -74,15 +74,13 @@ def test_the_figure_shows_input_visible_reconstruction_and_their_difference(hand
     assert -low == high > 0
 
 
-def test_tensorboard_and_the_folder_get_every_picture(hand: Any, tmp_path: Path) -> None:
+def test_tensorboard_gets_every_picture(hand: Any, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
     found = [picture(hand, modality, False)[0] for modality in ("MR", "CT", "CT")]
     with SummaryWriter(str(tmp_path / "events")) as writer:
-        files = save(found, tmp_path / "pictures", 7, writer)
-    assert [f.name for f in files] == [f"update-00000007-{m}.png" for m in ("CT-0", "CT-1", "MR-0")]
-    assert all(f.read_bytes().startswith(b"\x89PNG") for f in files)
+        save(found, 7, writer)
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == [f"pictures/{m}" for m in ("CT-0", "CT-1", "MR-0")]

@@ -208,11 +208,16 @@ def test_shares_of_the_evaluation_make_the_whole(recipe: Path, shards: Path, tmp
 
 
 def test_pictures_show_each_modality_in_its_own_units(recipe: Path, shards: Path, tmp_path: Path) -> None:
-    from engine.logs import SilentWriter
+    import torch
+
+    from engine.distributed import World
+    from engine.logs import Logs
+    from engine.recipe import EngineConfig
 
     task = task_of(recipe, shards, tmp_path)
-    task.evaluate(3, 0, 1, SilentWriter())
-    task.pictures(3, 0, 1, SilentWriter())
+    with Logs(tmp_path, World(0, 1, 0, torch.device("cpu")), EngineConfig(trackers=())) as logs:
+        task.evaluate(3, 0, 1, logs.writer)
+        task.pictures(3, 0, 1, logs.writer)
     names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
     assert names == [f"update-00000003-{m}-0.png" for m in ("CT", "MR", "XR")]
     for picture in task.quality.held_out.pictures:
