@@ -116,9 +116,10 @@ def _states(stage: int, world: int, numel: int, trained: int, micro_steps: int) 
     own = world if stage else 1
     weights = 4 * numel // (world if stage == 3 else 1)
     moments = (8 if stage == 0 else 12) * trained // own
-    gradients = {0: 4 * trained, 1: 4 * trained, 2: 4 * trained // own, 3: 4 * trained // own}[stage]
-    if micro_steps == 1 and stage < 3:
-        gradients = 0  # activations are given back while gradients come
+    # Without a second micro-step whole gradients come only as activations go; their reduced parts stay.
+    whole = 4 * trained if micro_steps > 1 else 0
+    part = 4 * trained // own
+    gradients = {0: whole, 1: whole + part, 2: part * (2 if micro_steps > 1 else 1), 3: part}[stage]
     states = {"weights": weights, "moments" if stage == 0 else "masters and moments": moments}
     states["gradients"] = gradients
     if stage:

@@ -13,6 +13,8 @@ import json
 import os
 import socket
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -23,13 +25,11 @@ from toy_worker import one
 from engine.distributed import import_deepspeed, leave
 
 
-def launch(processes: int, batch: list[list[str]]) -> int:
-    """Do the runs on so many forked ranks; the largest of their exit codes."""
+def fork_ranks(processes: int, body: Callable[[], int]) -> int:
+    """Call `body` in so many forked ranks; the largest of the codes it returns."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    for words in batch:
-        (Path(words[words.index("--run") + 1]) / "died").unlink(missing_ok=True)
     ranks = []
     for rank in range(processes):
         if not (child := os.fork()):
@@ -40,11 +40,22 @@ def launch(processes: int, batch: list[list[str]]) -> int:
                 "LOCAL_WORLD_SIZE": processes,
             }
             os.environ.update(address, **{name: str(number) for name, number in numbers.items()})
-            code = max(one(words) for words in batch)
-            leave()
+            code = 1
+            try:
+                code = body()
+                leave()
+            except BaseException:
+                traceback.print_exc()
             os._exit(code)
         ranks.append(child)
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks)
+
+
+def launch(processes: int, batch: list[list[str]]) -> int:
+    """Do the runs on so many ranks; the largest of their exit codes."""
+    for words in batch:
+        (Path(words[words.index("--run") + 1]) / "died").unlink(missing_ok=True)
+    return fork_ranks(processes, lambda: max(one(words) for words in batch))
 
 
 if __name__ == "__main__":

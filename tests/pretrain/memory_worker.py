@@ -1,0 +1,130 @@
+"""Measures the live tensors of an update in many settings, and predicts them (tests/engine/test_memory.py).
+
+PYTHONPATH=tests/engine:. python tests/pretrain/memory_worker.py RANKS OUT.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import conftest as hand
+import torch
+from forked_ranks import fork_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.distributed import import_deepspeed, join
+from engine.memory import predict
+from engine.optimizer import switch_on_checkpointing, wrap
+from engine.recipe import EngineConfig
+from pretrain.cost import activation_bytes
+
+SIZES = {
+    "wide": {"width": 192, "depth": 2, "heads": 3},
+    "deep": {"width": 96, "depth": 8, "heads": 3, "registers": 2, "drop_path": 0.1},
+}
+CASES = [
+    *[("wide", stage, "fp32", False, 1) for stage in range(4)],
+    *[("wide", stage, "bf16", False, 1) for stage in (0, 1, 3)],
+    *[("wide", stage, "fp32", False, 2) for stage in (1, 2)],
+    *[("deep", stage, "bf16", True, 1) for stage in (0, 2)],
+    ("deep", 1, "fp32", False, 1),
+]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operators have made and nothing has given back; a small and fast
+    `torch.distributed._tools.mem_tracker`.
+
+    Attributes: `now`, `peak`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if (size := storage.nbytes()) and storage._cdata not in self._seen:
+                    self._seen[storage._cdata] = weakref.ref(
+                        storage, partial(self._gone, storage._cdata, size)
+                    )
+                    self.now += size
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _gone(self, key: int, size: int, _: object) -> None:
+        del self._seen[key]
+        self.now -= size
+
+
+class MaeTask:
+    """Masked autoencoding of two crops of 216 tokens a micro-step."""
+
+    def __init__(self, size: str, precision: str, micro_steps: int) -> None:
+        self.specs = [hand.row_spec("volume", 1, 2, 216)]
+        crops = [hand.hand_crop("volume", (48, 48, 48), index=i, slot=i) for i in range(2)]
+        self.model, self.batch = hand.build(
+            self.specs, crops, encoder=SIZES[size], decoder_width=96, decoder_depth=2
+        )
+        self.element, self.steps = 2 if precision == "bf16" else 4, micro_steps
+
+    def micro_steps(self, world: int) -> int:
+        return self.steps
+
+    def activation_bytes(self, checkpointing: bool) -> int:
+        config, objective = self.model.encoder.config, self.model.objective
+        return activation_bytes(
+            config, objective, self.specs, element=self.element, checkpointing=checkpointing
+        )
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters())}]
+
+
+def measure(size: str, stage: int, precision: Any, checkpointing: bool, micro_steps: int) -> dict[str, Any]:
+    """One update, at ZeRO 3 two, as it keeps gathered weights from the second on; the batch not counted."""
+    config = EngineConfig(
+        precision=precision, zero_stage=stage, activation_checkpointing=checkpointing, device="cpu", threads=1
+    )  # type: ignore[arg-type]
+    world = join(config)
+    gc.collect()
+    with LiveBytes() as live:
+        task: Any = MaeTask(size, precision, micro_steps)
+        predicted = predict(task, config, world)
+        if checkpointing:
+            switch_on_checkpointing(task.model)
+        engine, partition = wrap(task, config, world)
+        engine.train()
+        for _ in range(2 if stage == 3 else 1):
+            for step in range(micro_steps):
+                engine.set_gradient_accumulation_boundary(step == micro_steps - 1)
+                loss, _ = engine(task.batch)
+                engine.backward(loss, scale_wrt_gas=False)
+                del loss
+            partition.apply(0.5)
+    batch = sum(t.numel() * t.element_size() for block in task.batch.values() for t in block)
+    return {"parts": predicted.parts, "peak": live.peak - batch}
+
+
+def body(out: Path) -> int:
+    found = {"-".join(map(str, case)): measure(*case) for case in CASES}
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    import_deepspeed()
+    sys.exit(fork_ranks(int(sys.argv[1]), lambda: body(Path(sys.argv[2]))))
