@@ -107,7 +107,7 @@ def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
     while True:
         place = meeting.gather(lambda: heard.stop)
         if place is None:
-            return launches[-1].verdict if launches else _NOT_BEGUN
+            return _stopped(launches[-1].verdict if launches else None)
         before = read_attempt(plan.run)
         with suppress(OSError):
             (plan.run / "verdict.json").unlink(missing_ok=True)
@@ -116,7 +116,8 @@ def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
         command = plan.command_line()
         _write_down(plan.run, event="launch", attempt=before + 1, **book, command=command)
         said, oom_killed = _do_part(plan, place, meeting, heard)
-        others, lost = meeting.reports()
+        others, oom_elsewhere, lost = meeting.reports()
+        oom_killed |= oom_elsewhere
         verdict = conclude([*said, *others], told=heard.stop, oom_killed=oom_killed, lost=lost)
         attempt = max(before + 1, read_attempt(plan.run), verdict.attempt)
         verdict = replace(verdict, attempt=attempt)
@@ -136,18 +137,19 @@ def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
 
 def _follow(plan: Plan, guest: Guest, heard: Heard) -> Verdict:
     """Another host: does its part and hears from host 0 what it came to."""
-    verdict = _NOT_BEGUN
+    verdict = None
     while (place := guest.gather(lambda: heard.stop)) is not None:
-        said, _ = _do_part(plan, place, guest, heard)
+        said, oom_killed = _do_part(plan, place, guest, heard)
         try:
-            verdict, more = guest.report(said)
+            verdict, more = guest.report(said, oom_killed)
         except Lost as lost:
             # Not a failure of the training: host 0, once it is heard again, says how it goes on.
-            verdict, more = conclude(said, told=heard.stop, lost=str(lost)), not heard.stop
-            _say(f"{lost}; waiting for it")
+            verdict = conclude(said, told=heard.stop, lost=str(lost))
+            more = verdict.state in ("failed", "hung") and verdict.kind != "user"
+            _say(f"{lost}{'; waiting for it' if more else ''}")
         if not more:
-            break
-    return verdict
+            return verdict
+    return _stopped(verdict)
 
 
 def _do_part(plan: Plan, place: Place, hosts: Meeting | Guest, heard: Heard) -> tuple[list[Said], bool]:
@@ -217,4 +219,9 @@ def _say(text: str) -> None:
     print(f"medfm: {text}", file=sys.stderr, flush=True)
 
 
-_NOT_BEGUN = Verdict("preempted", message="stopped before it had begun; start again to go on", kind="unsaved")
+def _stopped(last: Verdict | None) -> Verdict:
+    """Of a signal before a launch; `last` is the verdict of the one before."""
+    text = "stopped before it had begun; start again to go on"
+    if last is None:
+        return Verdict("preempted", message=text, kind="unsaved")
+    return replace(last, state="preempted", message=f"{text} (before: {last.message})", kind="unsaved")

@@ -34,6 +34,7 @@ ALIVE_SECONDS = 1.0
 REPORT_SECONDS = 60.0
 """How long the other hosts may take to end their parts once one has ended."""
 SAY_SECONDS = 60.0
+FAREWELL_SECONDS = 3.0
 
 
 class Lost(Exception):
@@ -117,6 +118,7 @@ class Meeting:
         self._plan = plan
         self._lines: dict[int, Line] = {}
         self._taking_part: dict[int, Line] = {}
+        self._told: list[Line] = []  # that it is over
         self._listener: socket.socket | None = None
 
     def __enter__(self) -> Meeting:
@@ -130,6 +132,9 @@ class Meeting:
         return self
 
     def __exit__(self, *_: object) -> None:
+        end = time.monotonic() + FAREWELL_SECONDS
+        while any(not line.lost for line in self._told) and time.monotonic() < end:
+            time.sleep(0.02)  # closed too early, a line may lose its last words
         for line in self._lines.values():
             line.close()
         if self._listener is not None:
@@ -176,10 +181,11 @@ class Meeting:
                 return f"the part of host {node} has ended"
         return ""
 
-    def reports(self) -> tuple[list[Said], str]:
-        """End the launch on all hosts: what their workers have said, and which host was lost."""
+    def reports(self) -> tuple[list[Said], bool, str]:
+        """End the launch on all hosts: what the other hosts' workers have said, whether a kernel there ended
+        one for lack of memory, and which host was lost."""
         said: list[Said] = []
-        lost = ""
+        oom_killed, lost = False, ""
         end = time.monotonic() + REPORT_SECONDS
         for line in self._taking_part.values():
             line.say("end")
@@ -191,12 +197,14 @@ class Meeting:
                 line.close()
             else:
                 said += [said_from(one) for one in message["said"]]
-        return said, lost
+                oom_killed |= message["oom_killed"]
+        return said, oom_killed, lost
 
     def tell(self, verdict: Verdict, again: bool) -> None:
         """Tell the other hosts what has been decided."""
         for line in self._taking_part.values():
             line.say("over", verdict=asdict(verdict), again=again)
+        self._told = [] if again else list(self._taking_part.values())
         self._taking_part = {}
 
     def _welcome(self) -> None:
@@ -273,7 +281,7 @@ class Guest:
             return "the part of another host has ended"
         return ""
 
-    def report(self, said: Sequence[Said]) -> tuple[Verdict, bool]:
+    def report(self, said: Sequence[Said], oom_killed: bool) -> tuple[Verdict, bool]:
         """Say how this part ended; returns the verdict of the whole launch and whether another follows.
 
         Raises:
@@ -281,7 +289,7 @@ class Guest:
         """
         line = self._line
         if line is not None:
-            line.say("ended", said=[asdict(one) for one in said])
+            line.say("ended", said=[asdict(one) for one in said], oom_killed=oom_killed)
             while not line.lost:
                 if message := line.take("over"):
                     return Verdict(**message["verdict"]), bool(message["again"])
