@@ -253,10 +253,10 @@ def _changed(path: Path) -> float:
 
 
 def ago(seconds: float) -> str:
-    """A length of time in two units at most: 12 s, 3 min 20 s, 2 h 5 min, 3 days 4 h."""
+    """A length of time in two units at most: 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
     left = int(max(0.0, seconds))
     words: list[str] = []
-    for length, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         if left >= length or words or unit == "s":
             words.append(f"{left // length} {unit}")
             left %= length

@@ -33,7 +33,7 @@ class Status:
         seconds_per_update: median of the last ones on rank 0; 0 where not known.
         left: seconds to the end at the pace of the last updates; None where it does not move.
         since: seconds since the last line of any rank; None without one.
-        figures: last ones of training in RUN/metrics.jsonl; `evaluation`: of the last evaluation.
+        figures: the last of each name in RUN/metrics.jsonl; `evaluation`: those of the last evaluation.
         losses: name -> values over the run.
         checkpoint: newest that looks whole: name, update, age in seconds.
         skipped, rollbacks: updates skipped, times the run went back; `bad`: the last ones skipped.
@@ -108,7 +108,9 @@ def read_status(folder: Path) -> Status:
         seconds_per_update=round(run.pace, 4),
         left=round(_pace(run) * (total - run.update), 1) if state == "running" and run.steps else None,
         since=round(max(0.0, run.now - run.seen), 1) if run.seen else None,
-        figures=trained,
+        figures={
+            name: value for row in run.figures for name, value in row.items() if "evaluate/" not in name
+        },
         evaluation=evaluated,
         losses=_losses(run),
         checkpoint=_checkpoint(run),

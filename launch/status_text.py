@@ -23,7 +23,7 @@ FIGURES = (
     ("rate/tokens_per_s", "tokens/s"),
     ("rate/mfu", "MFU"),
     ("rate/data_wait", "waiting for data"),
-    ("checkpoint/stall_s", "stall of a save, s"),
+    ("checkpoint/stall_s", "wait for a save, s"),
     ("memory/device_peak_gib", "device memory, peak GiB"),
     ("memory/host_peak_gib", "host memory, peak GiB"),
 )
@@ -108,7 +108,7 @@ def _figures(status: Status) -> list[str]:
         if (value := status.figures.get(name)) is not None:
             lines.append(f"    {label:<24} {value:.1%}" if name in SHARES else f"    {label:<24} {value:.4g}")
     if lines:
-        lines.insert(0, f"  figures of update {status.figures.get('update')}")
+        lines.insert(0, f"  figures of update {status.figures.get('update')}, means since those before")
     scores = {
         k.removeprefix("evaluate/"): v for k, v in status.evaluation.items() if k.startswith("evaluate/")
     }

@@ -42,6 +42,8 @@ def rank_process(run: Path, rank: int, updates: int) -> None:
         log.event("start", attempt=1, world=2, update=0, position=0)
         for update in range(1, updates + 1):
             log.step(update, update - 1, 0.4, own=0.3 if rank else 0.1, waited=0.25 if rank else 0.01)
+            if update == 20:
+                log.scalars(update, {"checkpoint/stall_s": 0.5}, show=False)
             log.scalars(update, {"loss": 3.0 / update, "loss/CT": 1.0 / update, "rate/mfu": 0.25}, show=False)
         log.say("all said")
         log.flush(60)
@@ -113,7 +115,7 @@ def test_a_run_in_progress_then_stopped_then_killed(ranks: list[Any], tmp_path: 
     assert status.said[-1]["text"] == "all said"
     assert [row["rank"] for row in status.stragglers] == [1]
     text = describe(status)
-    for part in ("30 of 100 (30.0%)", "0.4 s each", "2 processes", "MFU", "25.0%"):
+    for part in ("30 of 100 (30.0%)", "0.4 s each", "2 processes", "MFU", "25.0%", "wait for a save, s"):
         assert part in text
     assert (
         f"rank 1 ({HERE}): 0.3 s of its own in an update, others 0.1 s, 0.25 s of it waiting for data" in text
@@ -343,7 +345,6 @@ def test_the_trend_of_a_long_run_spans_all_of_it(tmp_path: Path) -> None:
 
 
 def test_following_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_log(tmp_path, 0, alive(0), step(4, 0))
     child = FORK.Process(target=signal.pause)
     child.start()
     born = round(psutil.Process(child.pid).create_time(), 2)
@@ -382,4 +383,4 @@ def test_trend(values: list[float], course: str) -> None:
 
 def test_ago() -> None:
     words = [ago(s) for s in (0.4, 59, 60, 3600 + 125, 90_000)]
-    assert words == ["0 s", "59 s", "1 min 0 s", "1 h 2 min", "1 days 1 h"]
+    assert words == ["0 s", "59 s", "1 min 0 s", "1 h 2 min", "1 d 1 h"]
