@@ -91,7 +91,9 @@ class EngineConfig(Frozen):
     )
     deterministic: bool = free(False, "bit-identical repeats on a GPU, slower; a CPU always repeats")
     checkpoint_every: int = free(500, "updates between checkpoints; 0 saves at the end only", ge=0)
-    keep_last: int = free(2, "newest checkpoints kept", ge=1)
+    keep_last: int = free(
+        2, "newest checkpoints kept, and as many due ones where stops have asked for others since", ge=1
+    )
     keep_every: int = free(
         0, "checkpoints whose update is a multiple of this are kept for ever; 0 for none", ge=0
     )

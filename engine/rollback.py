@@ -13,6 +13,7 @@ from typing import Any
 from engine import checkpoint
 from engine.checkpoint import Checkpoint
 from engine.distributed import World
+from engine.errors import UserError
 from engine.logs import Logs
 from engine.progress import Progress
 from engine.recipe import EngineConfig
@@ -88,12 +89,16 @@ def where_to(run: Path, world: World, warn: Callable[[str], None], progress: Pro
     """
     at_most = progress.back_to - 1 if progress.back_in_a_row else progress.update
     forced = None
-    while (found := checkpoint.newest(run, world, warn, at_most=at_most)) is not None:
-        if found.state.get("periodic", True):
-            return found
+    while True:
+        try:
+            found = checkpoint.newest(run, world, warn, at_most=at_most)
+        except UserError as error:  # those that are left are all damaged
+            warn(str(error))
+            return forced
+        if found is None or found.state.get("periodic", True):
+            return found or forced
         forced = forced or found
         at_most = found.state["update"] - 1
-    return forced
 
 
 def _number(value: float) -> float | str:

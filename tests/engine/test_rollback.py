@@ -203,10 +203,10 @@ def test_an_extended_run_is_the_longer_run(runs: Path) -> None:
 # One rank in this process: a stop request at a certain instant.
 
 
-def small(run: Path, **fields: Any) -> tuple[ToyTask, EngineConfig]:
+def small(run: Path, every: int = 5) -> tuple[ToyTask, EngineConfig]:
     config = EngineConfig(
-        updates=12, lr=0.01, warmup=2, precision="fp32", device="cpu", checkpoint_every=5, max_bad_updates=3,
-        evaluate_every=4, evaluate_share=1.0, **fields,
+        updates=12, lr=0.01, warmup=2, precision="fp32", device="cpu", checkpoint_every=every,
+        max_bad_updates=3, evaluate_every=4, evaluate_share=1.0,
     )  # fmt: skip
     recipe = ToyRecipe(engine=config, nan_at=(7, 8, 9), patient=True)
     return ToyTask(recipe, run), config
@@ -270,3 +270,23 @@ def test_a_stop_request_before_a_launch_has_begun_costs_nothing(
         assert train(task, config, tmp_path) == type(stopped)(
             "preempted", stopped.update, 2, "stopped by SIGTERM and saved; start again to go on"
         )
+
+
+@pytest.mark.parametrize(("damaged", "back_to"), [((6,), 3), ((6, 3), None)])
+def test_a_damaged_checkpoint_is_not_gone_back_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: tuple[int, ...], back_to: int | None
+) -> None:
+    where_to = loop.where_to
+
+    def spoil(*arguments: Any) -> Any:
+        for update in damaged:
+            (tmp_path / "checkpoints" / f"update-{update:08d}" / "state.json").write_text("{}")
+        return where_to(*arguments)
+
+    monkeypatch.setattr(loop, "where_to", spoil)
+    verdict = train(*small(tmp_path, every=3), tmp_path)
+    events = rows(tmp_path / "logs" / "rank-000.jsonl")
+    backs = [event["to"] for event in events if event["event"] == "rollback"]
+    assert backs == ([back_to] if back_to else [])
+    assert verdict.state == ("finished" if back_to else "failed")
+    assert back_to or "there is no checkpoint to go back to" in verdict.message
