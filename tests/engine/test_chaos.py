@@ -53,7 +53,7 @@ def test_a_harmed_run_ends_with_the_bits_of_the_run_left_alone(tmp_path: Path) -
         finish(alone)
         assert [(fault.kind, fault.target, fault.trouble) for fault in chaos.done if fault.trouble] == []
         assert (chaos.hangs, chaos.surprises, harmed.processes()) == (0, [], [])
-        assert differences(alone.folder, harmed.folder) == []
+        assert differences(alone.folder, harmed.folder)[:3] == []
     finally:
         harmed.kill()
         alone.kill()
