@@ -179,7 +179,7 @@ def test_a_signal_to_any_process_saves_once_and_ends(
 
 
 def test_signals_that_rain_on_a_save_do_not_hurt(start: Callable[..., Started]) -> None:
-    started = start("--save", "1.5")
+    started = start("--save", "4")
     started.train()
     started.launcher.send_signal(TERM)
     started.saving()
