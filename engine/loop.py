@@ -144,17 +144,15 @@ class Loop:
         """Take up an earlier checkpoint with the data that come now; a verdict where the run gives up."""
         progress, config = self.progress, self.config
         if progress.back_in_a_row >= config.max_rollbacks:
-            why = f"the run went back {progress.back_in_a_row} times without getting further"
-            return self.bad.give_up(
-                progress, self.attempt, why if config.max_rollbacks else "it may not go back"
-            )
+            why = f"engine.max_rollbacks ({config.max_rollbacks}) is used up without getting further"
+            return self.bad.give_up(progress, self.attempt, why)
         # None may appear later that is newer than the one chosen.
         if trouble := self.saver.wait(self.watchdog.beat):
             self.logs.say(f"a save is given up: {trouble}")
         found = where_to(self.run, self.world, self.logs.say, progress)
         if found is None:
-            older = "an older one" if progress.back_in_a_row else "one"
-            return self.bad.give_up(progress, self.attempt, f"there is no checkpoint to go back to ({older})")
+            older = "older checkpoint" if progress.back_in_a_row else "checkpoint"
+            return self.bad.give_up(progress, self.attempt, f"there is no {older} to go back to")
         self.batches.close()
         at, reason = progress.update, f"{progress.bad_in_a_row} updates in a row were skipped"
         self.partition.load(found)

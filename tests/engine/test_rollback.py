@@ -152,7 +152,7 @@ def test_a_run_that_gets_no_further_fails_with_a_report(runs: Path) -> None:
     assert verdict is not None
     assert (verdict.state, verdict.update) == ("failed", 5)
     assert "3 updates in a row were bad, the last at position 12" in verdict.message
-    assert "went back 1 times" in verdict.message
+    assert "engine.max_rollbacks (1) is used up" in verdict.message
     report = json.loads((runs / "hopeless" / "report.json").read_text())
     assert report["message"] == verdict.message
     assert [row["position"] for row in report["bad"]] == [7, 8, 9, 10, 11, 12]
