@@ -1,6 +1,6 @@
 """What the engine costs beside a bare PyTorch loop, and what a checkpoint costs.
 
-    python benchmarks/engine.py [--quick] [--stages 0,1,2,3] [--blocks N] [--threads N]
+    python benchmarks/engine.py [--quick] [--blocks N] [--threads N]
 
 Both train the same transformer (two copies with equal weights) on the same batches, in the same precision,
 with the same optimizer and learning rate, in the same process. They take turns: between blocks of engine
@@ -192,23 +192,22 @@ class Overhead:
     difference: float
 
 
-def config_of(updates: int, stage: int, threads: int, checkpoint_every: int = 0) -> EngineConfig:
+def config_of(updates: int, threads: int, checkpoint_every: int = 0) -> EngineConfig:
     """As a run has it: logged every ten updates, TensorBoard."""
     return EngineConfig(
         updates=updates,
         schedule="constant",
         warmup=0,
-        zero_stage=stage,  # type: ignore[arg-type]
         checkpoint_every=checkpoint_every,
         device="cpu",
         threads=threads,
     )
 
 
-def measure_overhead(samples: int, blocks: int, block: int, stage: int, threads: int) -> Overhead:
+def measure_overhead(samples: int, blocks: int, block: int, threads: int) -> Overhead:
     """Time both loops in turns."""
     # The generator is asked once more than there are engine blocks to be timed.
-    config = config_of((blocks + WARM) * block + 1, stage, threads)
+    config = config_of((blocks + WARM) * block + 1, threads)
     task = BenchmarkTask(samples, Bare(config), block)
     with tempfile.TemporaryDirectory() as folder:
         train(task, config, folder)
@@ -247,11 +246,11 @@ class Save:
     update_seconds: float
 
 
-def measure_saves(samples: int, saves: int, stage: int, threads: int) -> Save:
+def measure_saves(samples: int, saves: int, threads: int) -> Save:
     """Save every few updates; an update is held against the median of those during which nothing is saved."""
     updates = saves * EVERY + EVERY // 2
     with tempfile.TemporaryDirectory() as folder:
-        train(BenchmarkTask(samples), config_of(updates, stage, threads, EVERY), folder)
+        train(BenchmarkTask(samples), config_of(updates, threads, EVERY), folder)
         rows = [
             json.loads(line) for line in (Path(folder) / "logs" / "rank-000.jsonl").read_text().splitlines()
         ]
@@ -274,23 +273,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="under 50 seconds on 2 cores")
-    parser.add_argument("--stages", help="ZeRO stages; default 0,1,2,3, with --quick 1")
     parser.add_argument("--blocks", type=int, help="of each loop; default 60, with --quick 30")
     parser.add_argument(
         "--threads", type=int, default=1, help="default 1: as beside a GPU, cores are left for the writers"
     )
     words = parser.parse_args()
-    stages = [int(stage) for stage in (words.stages or ("1" if words.quick else "0,1,2,3")).split(",")]
     blocks, block = words.blocks or (30 if words.quick else 60), 1 if words.quick else 2
     torch.set_num_threads(words.threads)
     samples, saves = enough_samples(), 2 if words.quick else 5
-    overheads = {s: measure_overhead(samples, blocks, block, s, words.threads) for s in stages}
-    saved = {s: measure_saves(samples, saves, s, words.threads) for s in stages}
+    o = measure_overhead(samples, blocks, block, words.threads)
+    s = measure_saves(samples, saves, words.threads)
     parameters = sum(p.numel() for p in Model().parameters()) / 1e6
-    difference = max(o.difference for o in overheads.values())
     print(
         f"{parameters:.1f} M parameters, {samples} x {TOKENS} tokens, bf16, {words.threads} threads; "
-        f"{blocks} blocks of {block} updates; losses agree to {difference:.1g}; {saves} saves"
+        f"{blocks} blocks of {block} updates; losses agree to {o.difference:.1g}; {saves} saves"
     )
     columns = (
         "bare ms",
@@ -304,27 +300,22 @@ def main() -> None:
         "costs steps",
     )
     widths = (9, 10, 17, 9, 17, 10, 10, 9, 13)
-    print(" " * 6 + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
-    for stage in stages:
-        o, s = overheads[stage], saved[stage]
-        cells = [f"{1e3 * o.bare_seconds:.0f}"]
-        for share in (o.wall, o.cpu):
-            cells += [f"{share.median:.2%}", f"{share.low:.1%} to {share.high:.1%}"]
-        cells += [f"{1e3 * s.stall:.1f}", f"{s.stall / s.update_seconds:.3f}"]
-        cells += [f"{s.seconds:.2f}", f"{s.lost / s.update_seconds:.2f}"]
-        print(f"ZeRO {stage}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
-    first = 1 if 1 in stages else stages[0]
-    o, s = overheads[first], saved[first]
+    print("".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
+    cells = [f"{1e3 * o.bare_seconds:.0f}"]
+    for share in (o.wall, o.cpu):
+        cells += [f"{share.median:.2%}", f"{share.low:.1%} to {share.high:.1%}"]
+    cells += [f"{1e3 * s.stall:.1f}", f"{s.stall / s.update_seconds:.3f}"]
+    cells += [f"{s.seconds:.2f}", f"{s.lost / s.update_seconds:.2f}"]
+    print("".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
     figures = {
         "overhead_share": round(o.wall.median, 4),
         "overhead_interval": [round(o.wall.low, 4), round(o.wall.high, 4)],
         "overhead_cpu_share": round(o.cpu.median, 4),
-        "overhead_by_stage": {stage: round(each.wall.median, 4) for stage, each in overheads.items()},
         "blocks": blocks,
         "step_ms": round(1e3 * o.bare_seconds, 1),
         "checkpoint_stall_steps": round(s.stall / s.update_seconds, 4),
         "checkpoint_write_steps": round(s.lost / s.update_seconds, 3),
-        "loss_difference": difference,
+        "loss_difference": o.difference,
     }
     print(json.dumps(figures))
 
