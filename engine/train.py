@@ -104,20 +104,9 @@ def _train(
         logs.say(f"memory predicted: {predicted.text()}")
         logs.say(compilation.text)
         loop = Loop(
-            task,
-            config,
-            run,
-            world,
-            engine,
-            partition,
-            compilation,
-            logs,
-            attempt,
-            progress,
-            frozen,
-            stop,
+            task, config, run, world, engine, partition, compilation, logs, attempt, progress, frozen, stop,
             watchdog,
-        )
+        )  # fmt: skip
         if found is not None:
             loop.stand_at(found, start.aside)
             logs.say(f"resumed from {found.folder.name}")
