@@ -89,7 +89,7 @@ class Bare:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.adam.step()
-        return loss.item()
+        return float(loss.item())
 
 
 def draw(samples: int) -> list[Tensor]:
@@ -131,7 +131,8 @@ class BenchmarkTask:
     """
 
     def __init__(self, samples: int, bare: Bare | None = None, block: int = 1) -> None:
-        self.model, self.bare, self.block = Model(), bare, block
+        self.model: nn.Module = Model()
+        self.bare, self.block = bare, block
         self.samples_per_update, self.examples = samples, draw(samples)
         self.engine_times: list[tuple[float, float]] = []
         self.bare_times: list[tuple[float, float]] = []
@@ -219,11 +220,12 @@ def measure_overhead(samples: int, blocks: int, block: int, threads: int) -> Ove
     engine, plain = task.engine_times[WARM:], task.bare_times[WARM:]
     shares = []
     for kind in (0, 1):
-        pairs = zip(engine, plain, plain[1:], strict=False)
-        ratios = [2 * e[kind] / (before[kind] + after[kind]) - 1 for e, before, after in pairs]
+        turns = zip(engine, plain, plain[1:], strict=False)
+        ratios = [2 * e[kind] / (b[kind] + a[kind]) - 1 for e, b, a in turns]
         assert len(ratios) == blocks, (len(engine), len(plain))
         shares.append(Share(statistics.median(ratios), *interval(ratios)))
-    return Overhead(*shares, statistics.median(wall for wall, _ in plain) / block, difference)
+    wall, cpu = shares
+    return Overhead(wall, cpu, statistics.median(seconds for seconds, _ in plain) / block, difference)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
