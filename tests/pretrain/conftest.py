@@ -1,14 +1,20 @@
-"""Crops made by hand, so that these tests need no dataset."""
+"""Crops made by hand, so that most tests need no dataset, and a small labelled dataset for the others."""
 
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what lies beside this file
+
+from small_runs import PROBED, ended, start
 
 from data_pipeline.geometry import PATCH
 from data_pipeline.order import RowSpec
@@ -92,3 +98,60 @@ def build(
 def hand() -> Any:
     """`hand.crop`, `hand.spec`, `hand.build`: the functions above."""
     return SimpleNamespace(crop=hand_crop, spec=row_spec, build=build)
+
+
+@pytest.fixture(scope="session")
+def dataset(built_once: Any) -> Path:
+    """Labelled CT volumes, half of each one air, and thick MR slabs."""
+    folder: Path = built_once("labelled", _labelled)
+    return folder / "shards"
+
+
+def _labelled(folder: Path) -> None:
+    import nibabel as nib
+
+    from data_pipeline.build import build
+    from data_pipeline.sources import SourceConfig
+
+    root = folder / "scans"
+    generator = np.random.default_rng(5)
+    for i in range(10):
+        for name, shape, spacing in (("ct", (26 + i, 30, 34), (1.2, 1.2, 1.5)),
+                                     ("mr", (6, 50, 56 + i), (0.8, 0.8, 5.0))):  # fmt: skip
+            axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+            label = (sum(a**2 for a in axes) < 0.3).astype(np.uint8)
+            image = np.where(label, 160, -30) + generator.integers(-30, 30, shape)
+            image[..., : shape[2] // 2] = -1000
+            case = root / name / f"{'train' if i < 6 else 'val'}_p{i}"
+            case.mkdir(parents=True)
+            for kind, values in (("image", image.astype(np.int16)), ("label", label)):
+                picture = nib.Nifti1Image(values.transpose(2, 1, 0), np.diag([*spacing, 1]))
+                nib.save(picture, case / f"{kind}.nii.gz")
+    common: dict[str, Any] = {
+        "layout": "folder", "include": ("*/image.nii.gz",), "label_glob": "*/label.nii.gz",
+        "label_origin": "human", "subject_pattern": "_(p[0-9])/", "labels": {1: "liver"},
+        "splits": {"train_*/*": "train", "val_*/*": "val"},
+    }  # fmt: skip
+    sources = [
+        SourceConfig(path=root / "ct", name="ct", modality="CT", units="HU", **common),
+        SourceConfig(path=root / "mr", name="mr", modality="MR", **common),
+    ]
+    build(sources, folder / "shards", progress=False)
+
+
+@pytest.fixture(scope="session")
+def recipe_file(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(PROBED.replace("DATA", str(dataset)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(recipe_file: Path, built_once: Any) -> Path:
+    """A finished run of one process that evaluated itself at updates 4 and 8; do not write into it."""
+
+    def train(folder: Path) -> None:
+        assert "held out: " in ended(start(recipe_file, folder / "run"))
+
+    folder: Path = built_once("trained", train)
+    return folder / "run"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from small_runs import REPOSITORY, SMALL, environment
 
 from engine.errors import UserError
 from engine.recipe import load_recipe
@@ -24,17 +24,13 @@ from pretrain.__main__ import main
 from pretrain.recipe import PretrainRecipe
 from pretrain.task import open_task
 
-REPOSITORY = Path(__file__).parents[2]
-RECIPE = """
-tokens: {slots: 64, classes: [1, 2]}
-mixture: {groups: 3, scale: [0.7, 1.4]}
-encoder: {size: null, width: 48, depth: 2, heads: 2, drop_path: 0.2, registers: 1}
-objective: {decoder_width: 48, decoder_depth: 1, decoder_heads: 2}
-evaluation: {batches: 2}
-engine: {updates: 12, lr: 0.001, warmup: 3, precision: fp32, threads: 1, workers: 1, log_every: 1,
+RECIPE = (
+    SMALL
+    + """engine: {updates: 12, lr: 0.001, warmup: 3, precision: fp32, threads: 1, workers: 1, log_every: 1,
 checkpoint_every: 4,
   keep_last: 20}
 """
+)
 
 
 def blob(generator: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
@@ -49,18 +45,23 @@ def blob(generator: np.random.Generator, shape: tuple[int, int, int]) -> np.ndar
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(built_once: Any) -> Path:
     """A dataset of CT volumes, thick MR slabs and radiographs."""
+    folder: Path = built_once("three-kinds", _three_kinds)
+    return folder / "shards"
+
+
+def _three_kinds(folder: Path) -> None:
     import nibabel as nib
     from PIL import Image
 
     from data_pipeline.build import build
     from data_pipeline.sources import SourceConfig
 
-    root = tmp_path_factory.mktemp("scans")
+    root = folder / "scans"
     generator = np.random.default_rng(3)
     for name in ("ct", "mr", "xr"):
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
     for i in range(12):
         ct = (blob(generator, (20 + i, 33, 41)) * 1500 - 1000).round().astype(np.int16)
         nib.save(
@@ -79,9 +80,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path=root / "xr", name="xr", layout="folder", modality="XR", field_mm=300, burned_in="accept"
         ),
     ]
-    out = tmp_path_factory.mktemp("dataset") / "shards"
-    build(sources, out, split={"train": 0.7, "val": 0.3}, progress=False)
-    return out
+    build(sources, folder / "shards", split={"train": 0.7, "val": 0.3}, progress=False)
 
 
 @pytest.fixture
@@ -110,10 +109,6 @@ def command(recipe: Path, shards: Path, run: Path, processes: int, *overrides: s
         "pretrain",
     ]
     return [sys.executable, "-m", *start, *words]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
 
 
 def train(*args: Any, timeout: float = 300) -> None:
@@ -294,12 +289,15 @@ def test_arguments() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(shards: Path, built_once: Any) -> Path:
     """Uninterrupted runs on one process and on two, in folders `1` and `2`."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    for processes in (1, 2):
-        train(folder / "recipe.yaml", shards, folder / str(processes), processes)
+
+    def both(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(RECIPE)
+        for processes in (1, 2):
+            train(folder / "recipe.yaml", shards, folder / str(processes), processes)
+
+    folder: Path = built_once("whole", both)
     return folder
 
 
