@@ -141,11 +141,13 @@ def main() -> None:
     run = medfm(disk.folder / "harmed")
     try:
         reference.start()
-        start_seconds = 0.0 if args.quick else finish(reference)  # quick: both runs at once
-        print(f"{updates} updates without a fault; the first came after {start_seconds:.1f} s", flush=True)
-        if args.quick:
-            faults = quick()
+        if args.quick:  # both runs at once
+            start_seconds, faults = 0.0, quick()
         else:
+            start_seconds = finish(reference)
+            print(
+                f"{updates} updates without a fault; the first came after {start_seconds:.1f} s", flush=True
+            )
             faults = draw(args.faults, args.seed, updates, start_seconds)
         kept = [fault for fault in faults if fault.kind != FULL or disk.mounted]
         chaos = Chaos(run, disk, updates, args.seed, work / "evidence")
@@ -178,7 +180,7 @@ def main() -> None:
         "updates": updates, "launches": run.launches, "seed": args.seed, "quick": args.quick,
         "updates_lost_median": statistics.median(lost), "updates_lost_max": max(lost),
         "seconds_to_recover_median": round(statistics.median(seconds), 1),
-        "seconds_to_start": round(start_seconds, 1), "seconds": round(time.monotonic() - began),
+        "seconds_to_start": round(start_seconds, 1) or None, "seconds": round(time.monotonic() - began),
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }  # fmt: skip
