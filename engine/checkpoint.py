@@ -15,8 +15,11 @@ whichever ranks wrote them. A folder is filled under a hidden name, flushed, and
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +36,12 @@ from engine.tensor_file import HASH, entry_of, flush
 from engine.verdict import read_attempt
 
 FORMAT_VERSION = 1
+READ_AGAIN = (1.0, 2.0, 4.0)  # seconds until a file that could not be read is tried again
+# Not the fault of a checkpoint: its storage is away, or this process may not or cannot read there.
+NOT_DAMAGE = {
+    errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ESHUTDOWN, errno.ENODEV,
+    errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+}  # fmt: skip
 WEIGHTS = ("master", "frozen", "buffer")  # kinds of what the model itself holds
 
 
@@ -132,8 +141,9 @@ def newest(
 
     Raises:
         UserError: there are checkpoints, but none is good; or the newest good one has a newer format.
+        OSError: they cannot be listed or read, for no fault of theirs.
     """
-    folders = sorted((run / "checkpoints").glob("update-*"), reverse=True)
+    folders = sorted(_listed(run), reverse=True)
     names = world.from_first([p.name for p in folders if at_most is None or update_of(p) <= at_most])
     reasons = []
     for name in names:
@@ -155,8 +165,34 @@ def newest(
     return None
 
 
+def _listed(run: Path) -> list[Path]:
+    """The checkpoint folders; `glob` would take some folders that cannot be read for empty ones."""
+    try:
+        names = os.listdir(run / "checkpoints")
+    except FileNotFoundError:
+        return []
+    return [run / "checkpoints" / name for name in names if name.startswith("update-")]
+
+
 def fault(folder: Path, rank: int = 0, ranks: int = 1) -> str:
-    """What is wrong with this rank's share of a checkpoint's files, or an empty string."""
+    """What is wrong with this rank's share of a checkpoint's files, or an empty string.
+
+    Raises:
+        OSError: they cannot be read, again and again, for no fault of theirs.
+    """
+    for pause in READ_AGAIN:
+        with suppress(OSError):
+            return _fault(folder, rank, ranks)
+        time.sleep(pause)
+    try:
+        return _fault(folder, rank, ranks)
+    except OSError as error:
+        if error.errno in NOT_DAMAGE:
+            raise
+        return str(error.strerror)
+
+
+def _fault(folder: Path, rank: int, ranks: int) -> str:
     name = "complete.json"
     try:
         complete = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -173,7 +209,7 @@ def fault(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     except FileNotFoundError:
         return f"{name} is missing" + (", so it was never finished" if name == "complete.json" else "")
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+        raise OSError(error.errno, f"{name} cannot be read ({error.strerror})", str(folder)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"complete.json cannot be read ({type(error).__name__})"
     return ""

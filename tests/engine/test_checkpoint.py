@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,41 @@ def test_a_file_that_cannot_be_read_is_named(run: Path) -> None:
     (folder / "plan.json").unlink()
     (folder / "plan.json").symlink_to("/proc/self/mem")
     assert checkpoint.fault(folder).startswith("plan.json ")
+
+
+@pytest.mark.parametrize(("fails", "number"), [(2, errno.ESTALE), (99, errno.ESTALE), (99, errno.EIO)])
+def test_a_storage_that_is_away_is_no_damage(
+    run: Path, world: World, monkeypatch: pytest.MonkeyPatch, fails: int, number: int
+) -> None:
+    """Tried again; then it is an error, not a step back to an older checkpoint, unless the bytes are lost."""
+    monkeypatch.setattr(checkpoint, "READ_AGAIN", (0.0, 0.0, 0.0))
+    entry_of, failures = checkpoint.entry_of, iter(range(fails))
+
+    def read(file: Path) -> dict[str, Any]:
+        if file.parent.name == "update-00000020" and next(failures, None) is not None:
+            raise OSError(number, os.strerror(number))
+        return entry_of(file)
+
+    monkeypatch.setattr(checkpoint, "entry_of", read)
+    if fails > 10 and number == errno.ESTALE:
+        with pytest.raises(OSError, match="cannot be read"):
+            checkpoint.newest(run, world, print)
+    else:
+        found = checkpoint.newest(run, world, lambda _: None)
+        assert found is not None
+        assert found.state["update"] == (20 if fails == 2 else 10)
+
+
+def test_checkpoints_that_cannot_be_listed_are_no_fresh_start(
+    run: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        checkpoint.newest(run, world, print)
 
 
 def test_a_stream_is_a_safetensors_file_with_the_hash_of_its_bytes(tmp_path: Path) -> None:
