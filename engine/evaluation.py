@@ -62,6 +62,9 @@ class Evaluation:
         self._last = time.monotonic() - began
         self._spent += self._last
         self.logs.event("evaluate", update=update, seconds=round(self._last, 3))
+        if findings := getattr(self.task, "findings", None):
+            for line in findings().splitlines():
+                self.logs.say(line)
         beat()
         return True
 

@@ -59,7 +59,8 @@ class Task(Protocol):
     `data: DataLog`; `flops_per_update: int`, operations of the forward and backward passes of one update
     over all ranks (not those done again to save memory), for `rate/tflops` of each rank and `rate/mfu`, its
     share of what matrix products reach on the device; `tokens_per_update: int`, token slots of an update over
-    all ranks; `sample_keys(position) -> list[str]`, the samples of an update, for the report of a bad one;
+    all ranks; `findings() -> str`, what the last `evaluate` found, as lines for people;
+    `sample_keys(position) -> list[str]`, the samples of an update, for the report of a bad one;
     `activation_bytes(checkpointing: bool) -> int`, most bytes of activations of a micro-step of a rank, and
     `batch_fields: str`, recipe fields that make a micro-step smaller, for what is said about memory.
     """

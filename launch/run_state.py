@@ -22,7 +22,7 @@ FULL = 16 << 20  # bytes free below which a disk counts as full
 
 ENDS = {
     "finished": "finished",
-    "preempted": "stopped and saved",
+    "preempted": "ended",
     "failed": "failed",
     "hung": "ended because it hung",
     "out_of_memory": "ran out of memory",
@@ -120,9 +120,9 @@ def _ended(run: Reading, verdict: Verdict) -> Judgement:
     how = ENDS.get(verdict.state, verdict.state)
     if verdict.kind == "user":
         return "failed", f"not started: {verdict.message}", "correct that, then start it again"
-    if verdict.kind == "unsaved":
-        how = "stopped before it could save"
     said = f": {verdict.message}" if verdict.message else ""
+    if verdict.kind == "unsaved":
+        return verdict.state, f"ended{said}", again
     if "killed by SIG" in verdict.message:
         return verdict.state, f"{how} at update {verdict.update}{said}", again
     advice = {
@@ -145,7 +145,10 @@ def _going(run: Reading, alive: list[Rank]) -> Judgement:
     if gone or stopped:
         who = ", ".join(map(name_of, gone or stopped))
         what = "is gone" if gone else "is stopped by a signal"
-        return "still", f"{who} {what}, and the others wait, {where} for {ago(still)}", _patience(run, still)
+        advice = _patience(run, still)
+        if gone and run.launches and _lives(run.launches[-1]):
+            advice = "the launcher ends the others within seconds"
+        return "still", f"{who} {what}, and the others wait, {where} for {ago(still)}", advice
     if evaluating := _evaluating(run):
         return "running", evaluating, ""
     if still > max(STILL, 10 * run.pace):
@@ -205,7 +208,8 @@ def warnings_of(run: Reading, state: str) -> list[str]:
     elif files is not None and files.f_files and not files.f_favail:
         found.append(f"the disk of {run.run} takes no more files; delete some")
     found += [f"damaged checkpoint {c.name}: {c.fault}" for c in run.checkpoints if c.fault]
-    silent = [rank for rank in run.ranks if going and run.now - rank.time > SILENT]
+    alive = run.ranks if state in ("running", "still") else []  # before, they are of the last launch
+    silent = [rank for rank in alive if run.now - rank.time > SILENT]
     if silent and run.free >= FULL:
         longest = ago(max(run.now - rank.time for rank in silent))
         who = ", ".join(map(name_of, silent[:3])) + (" and others" if len(silent) > 3 else "")

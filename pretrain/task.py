@@ -64,6 +64,7 @@ class PretrainTask:
         )  # fmt: skip
         self.quality = Quality(recipe, self.manifest)
         self._scores: list[dict[str, float]] = []  # of this launch's evaluations
+        self._findings: list[str] = []
 
     def micro_steps(self, world: int) -> int:
         """Groups a rank takes an update."""
@@ -124,16 +125,18 @@ class PretrainTask:
         return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
     def evaluate(self, update: int, rank: int, world: int, writer: Any) -> dict[str, float]:
-        """Held-out loss and probes (see `Quality`); the table is printed by rank 0."""
+        """Held-out loss and probes (see `Quality`)."""
         device = next(self.network.parameters()).device
         scores = self.quality.score(self.network, rank, world, device)
-        if rank == 0:
-            if not self._scores:
-                print(self.quality.describe(), flush=True)
-            if scores:
-                print(f"update {update}\n{self.quality.report(scores, self._scores)}", flush=True)
+        self._findings = [] if self._scores else [self.quality.describe()]
+        if scores:
+            self._findings += [f"update {update}", self.quality.report(scores, self._scores)]
         self._scores.append(scores)
         return scores
+
+    def findings(self) -> str:
+        """What the last `evaluate` found, as lines for people."""
+        return "\n".join(self._findings)
 
     def pictures(self, update: int, rank: int, world: int, writer: Any) -> None:
         """Reconstructions that the last `evaluate` kept, to the trackers and `RUN/pictures`; by rank 0."""

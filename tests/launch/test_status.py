@@ -175,7 +175,7 @@ def test_the_command_answers_without_torch_and_in_json(tmp_path: Path) -> None:
         (("failed", 9, 1, "ValueError: x"), "failed at update 9: ValueError: x", "mend what"),
         (("failed", 9, 1, "rank 1 was killed by SIGKILL"), "killed by SIGKILL", "start the same command"),
         (("failed", 0, 1, "unknown key", "user"), "not started: unknown key", "correct that"),
-        (("preempted", 9, 1, "stopped", "unsaved"), "before it could save", "goes on from update 5"),
+        (("preempted", 9, 1, "stopped", "unsaved"), "ended: stopped", "goes on from update 5"),
     ],
 )
 def test_a_run_that_said_how_it_ended(

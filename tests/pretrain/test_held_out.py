@@ -206,7 +206,7 @@ def test_signs_of_collapse_are_said_with_the_figures(recipe_file: Path) -> None:
 
 
 def test_a_run_holds_an_evaluation_against_those_before(
-    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = open_task(recipe_with(recipe_file), tmp_path)
     first = {"probe/linear_dice": 0.5, "probe/knn_dice": 0.5, "probe/raw_linear_dice": 0.5,
@@ -214,9 +214,9 @@ def test_a_run_holds_an_evaluation_against_those_before(
     found = [first, first | {"collapse/rank": 5.0, "collapse/rank_share": 0.1}]
     monkeypatch.setattr(task.quality, "score", lambda *_: found.pop(0))
     task.evaluate(4, 0, 1, None)
-    assert "ALARM" not in capsys.readouterr().out
+    assert "ALARM" not in task.findings()
     task.evaluate(8, 0, 1, None)
-    assert "ALARM: features span 10.0% of their width, 50.0% at the last score" in capsys.readouterr().out
+    assert "ALARM: features span 10.0% of their width, 50.0% at the last score" in task.findings()
 
 
 @pytest.mark.slow
