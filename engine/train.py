@@ -20,7 +20,15 @@ from engine.progress import find_start, load_frozen
 from engine.recipe import EngineConfig, save_recipe
 from engine.signals import StopRequest
 from engine.task import DataLog, Task
-from engine.verdict import Verdict, out_of_memory, read_attempt, record_failure, write_text, write_verdict
+from engine.verdict import (
+    Verdict,
+    out_of_memory,
+    read_attempt,
+    record_failure,
+    tell_launcher,
+    write_text,
+    write_verdict,
+)
 from engine.watchdog import Watchdog
 
 
@@ -56,12 +64,7 @@ def train(task: Task, config: EngineConfig, run: Path | str, *, continue_as: str
                 advice = memory.explain(predicted, world.device, error) if out_of_memory(error) else ""
                 record_failure(run, error, watchdog.update, advice)
                 raise
-        if taken_over := read_attempt(run) > attempt:
-            # RUN/verdict.json is the later launch's; to start this one again would end that one.
-            verdict = dataclasses.replace(verdict, kind="user")
-        write_verdict(run, verdict, shared=world.rank == 0 and not taken_over)
-        world.barrier()
-    return verdict
+            return _tell(run, world, verdict)
 
 
 def _train(
@@ -111,6 +114,19 @@ def _train(
             loop.stand_at(found, start.aside)
             logs.say(f"resumed from {found.folder.name}")
         return loop.run_until_done()
+
+
+def _tell(run: Path, world: World, verdict: Verdict) -> Verdict:
+    """Write the verdict, all ranks together, and return it; still watched, since the storage may not answer
+    any more."""
+    if verdict.state == "failed":
+        tell_launcher(verdict)  # it may be all that still arrives
+    if taken_over := read_attempt(run) > verdict.attempt:
+        # RUN/verdict.json is the later launch's; to start this one again would end that one.
+        verdict = dataclasses.replace(verdict, kind="user")
+    write_verdict(run, verdict, shared=world.rank == 0 and not taken_over)
+    world.barrier()
+    return verdict
 
 
 def _open_run(run: Path, world: World) -> int:

@@ -70,7 +70,8 @@ def write_verdict(run: Path | None, verdict: Verdict, *, shared: bool = True) ->
     try:
         write_text(run / "verdict.json", json.dumps(asdict(verdict)) + "\n")
     except OSError as error:
-        print(f"medfm: {run / 'verdict.json'} cannot be written ({error})", file=sys.stderr, flush=True)
+        with suppress(OSError):  # that output may lie on the same disk
+            print(f"medfm: {run / 'verdict.json'} cannot be written ({error})", file=sys.stderr, flush=True)
 
 
 def tell_launcher(verdict: Verdict) -> None:

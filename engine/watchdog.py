@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -49,7 +50,8 @@ class Watchdog:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._stacks = open(self._file, "a", buffering=1, encoding="utf-8")
         except OSError as error:
-            print(f"medfm: stacks go to the error output: {error}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # that output may lie on the same disk
+                print(f"medfm: stacks go to the error output: {error}", file=sys.stderr, flush=True)
         faulthandler.register(STACKS, file=self._stacks, all_threads=True)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS})
         if self.seconds > 0:

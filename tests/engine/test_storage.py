@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from saving import Notes, Part, begin_launch, kept, ranks, saver, state, store, 
 from engine import checkpoint
 from engine import saver as module
 from engine.saver import Saver
+from engine.verdict import LAUNCHED, Verdict, write_verdict
 
 HERE = Path(__file__).parent
 ENV = {
@@ -302,3 +305,51 @@ def test_two_processes_agree_where_the_disk_of_one_is_full(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr.decode()
     assert kept(tmp_path) == ["update-00000020"]
+
+
+GONE = """
+import os, sys
+from pathlib import Path
+from engine.loop import Loop
+from engine.recipe import EngineConfig
+from engine.train import train
+from engine.verdict import Verdict
+from toy_worker import ToyRecipe, ToyTask
+
+run = Path(sys.argv[1])
+config = EngineConfig(device="cpu", hang_minutes=1)
+
+
+def end(loop):
+    loop.watchdog.seconds = 1.0
+    (run / "attempt").unlink()
+    os.mkfifo(run / "attempt")  # nobody writes to it: opening it waits for ever
+    return Verdict("failed", 7, 1, "the last save failed")
+
+
+Loop.run_until_done = end
+train(ToyTask(ToyRecipe(engine=config), run), config, run)
+"""
+
+
+def test_a_storage_that_hangs_at_the_end_neither_hides_the_verdict_nor_keeps_the_process(
+    tmp_path: Path,
+) -> None:
+    words = tmp_path / "words"
+    env = {**ENV, LAUNCHED: str(words)}
+    done = subprocess.run([sys.executable, "-c", GONE, tmp_path / "run"], env=env, timeout=100)
+    assert done.returncode == 4
+    states = [json.loads(line)["verdict"]["state"] for line in words.read_text().splitlines()]
+    assert states[:2] == ["failed", "hung"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_verdict_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for the run folder nor for what is said about it."""
+    (tmp_path / "file").touch()
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closing it fails
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        write_verdict(tmp_path / "file" / "run", Verdict("failed"))
+    with suppress(OSError):
+        full.close()
