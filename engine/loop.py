@@ -135,6 +135,8 @@ class Loop:
     def _save_all(self) -> Verdict | None:
         """Save what is not saved yet; a verdict where that fails."""
         progress = self.progress
+        if progress.position and self.saver.last != (progress.update, progress.position):
+            self.logs.event("last_save", update=progress.update)
         trouble = self.saver.settle(self._state(), self.watchdog.beat) if progress.position else ""
         if not trouble:
             return None

@@ -218,6 +218,9 @@ class Saver:
                     over = self.world.rank == 0 and time.monotonic() + pause > ends
                     if self.world.sum([float(over)])[0]:
                         return self.failure
+                    if pause == FIRST_PAUSE:
+                        minutes = self.config.save_minutes
+                        self.logs.say(f"the last save is tried for {minutes:g} minutes (engine.save_minutes)")
                     _rest(pause, beat)
                     pause = min(2 * pause, LONGEST_PAUSE)
                 self.begin(state)

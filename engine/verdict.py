@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 from contextlib import suppress
@@ -19,6 +20,10 @@ State = Literal["finished", "preempted", "failed", "hung", "out_of_memory"]
 USER_ERROR = 2
 LAUNCHED = "MEDFM_LAUNCHED"
 """In the environment of workers whose launcher reads their verdict: the file for it."""
+LOST_ANOTHER = re.compile(
+    r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|DistBackendError|DistNetworkError|gloo/transport"
+)
+"""What a rank says that met the death of another one."""
 EXIT_CODES: dict[str, int] = {"finished": 0, "failed": 3, "preempted": 75, "hung": 4, "out_of_memory": 5}
 
 

@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 from engine.errors import UserError
 from engine.signals import Stopped, StopRequest, die_with_parent
-from engine.verdict import LAUNCHED, USER_ERROR, Verdict, read_attempt, record_failure, write_verdict
+from engine.verdict import (
+    LAUNCHED,
+    LOST_ANOTHER,
+    USER_ERROR,
+    Verdict,
+    read_attempt,
+    record_failure,
+    write_verdict,
+)
 
 
 class Arguments(NamedTuple):
@@ -83,7 +91,8 @@ def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
 
     Returns:
         The documented exit code. A `UserError` is one line, printed by the launcher from the verdict, or by
-        rank 0 where there is no launcher; anything else comes with its traceback.
+        rank 0 where there is no launcher; anything else comes with its traceback, unless it is the loss of
+        another rank.
     """
     die_with_parent()
     try:
@@ -100,7 +109,9 @@ def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
         message = " ".join(str(error).split())
     except BaseException as error:
         verdict = record_failure(run, error)
-        traceback.print_exc()
+        # Ranks that met the death of one would bury why it died; their stacks are in RUN/logs.
+        if LAUNCHED not in os.environ or not LOST_ANOTHER.search(f"{type(error).__name__}: {error}"):
+            traceback.print_exc()
         return verdict.exit_code
     # By every rank: the wrong input may have been met by one of them only, and not by rank 0.
     attempt = read_attempt(run) if run is not None else 0

@@ -63,9 +63,6 @@ def run_local(
 
     Returns:
         0 finished, 2 wrong input, 3 failed, 4 hung, 5 out of memory, 75 preempted and saved.
-
-    Raises:
-        OSError: the run folder cannot be made.
     """
     try:
         plan = plan_run(
@@ -87,9 +84,14 @@ def launch(plan: Plan) -> Verdict:
     """Launch a plan, again and again as its policy says; returns the last verdict.
 
     Raises:
-        UserError: the rendezvous cannot be used.
+        UserError: the run folder cannot be made, or the rendezvous cannot be used.
     """
-    plan.run.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.run.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--run {plan.run}: this is a file, or lies in one; give a folder") from None
+    except OSError as error:
+        raise UserError(f"--run {plan.run}: this folder cannot be made ({error.strerror})") from None
     with Heard() as heard:
         try:
             if plan.node_rank == 0:
@@ -168,6 +170,9 @@ def _do_part(plan: Plan, place: Place, hosts: Meeting | Guest, heard: Heard) -> 
             elif heard.stop and not asked:
                 asked, end = True, min(end, time.monotonic() + plan.patience)
                 workers.stop()
+                if sys.stderr.isatty():
+                    print(file=sys.stderr)  # below the bar
+                _say("saving, then ending; a second Ctrl-C ends at once, without a save")
             patience = _patience(workers, hosts)
             end = min(end, time.monotonic() + patience)
             if time.monotonic() > end - STACKS_SECONDS and not stacks:

@@ -222,7 +222,10 @@ class Meeting:
             if line.lost or time.monotonic() > end:
                 return line.close()
             time.sleep(0.05)
-        node, theirs = int(message["node"]), message["run"]
+        try:
+            node, theirs = int(message["node"]), message["run"]
+        except (KeyError, ValueError, TypeError):
+            return line.close()  # somebody else's words
         if theirs != self._plan.identity() or not 0 < node < self._plan.nodes:
             line.say("refused", why=f"host 0 has {self._plan.identity()}, host {node} {theirs}")
             return None
@@ -302,6 +305,8 @@ class Guest:
         except OSError:
             time.sleep(0.5)
             return
+        if self._line is not None:
+            self._line.close()
         self._line = Line(connection, self._plan.lost_seconds)
         self._line.say("join", node=self._plan.node_rank, run=self._plan.identity())
 

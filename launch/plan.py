@@ -157,10 +157,14 @@ def plan_run(
     """
     if processes < 1:
         raise UserError(f"--processes {processes}: at least one process is needed")
-    if nodes < 1 or not 0 <= node_rank < nodes:
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: at least one host is needed")
+    if nodes == 1 and (node_rank or rendezvous):
+        raise UserError("--node-rank, --rendezvous: give --nodes N, too; without it this host trains alone")
+    if not 0 <= node_rank < nodes:
         raise UserError(f"--node-rank {node_rank}: with --nodes {nodes} it is a number from 0 to {nodes - 1}")
     host, colon, port = rendezvous.rpartition(":")
-    if nodes > 1 and not (host and colon and port.isdigit()):
+    if nodes > 1 and not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
         raise UserError(f"--rendezvous {rendezvous!r}: give HOST:PORT of host 0, the same on every host")
     settings = load_recipe(recipe, overrides, _Settings)
     engine = settings.engine

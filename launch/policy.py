@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.verdict import Verdict
+from engine.verdict import LOST_ANOTHER, Verdict
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def conclude(
         text = f"{who} was killed by the kernel because the machine ran out of memory"
         return Verdict("out_of_memory", update, message=text)
     trouble = [v for v in verdicts if v.state in ("failed", "hung")]
-    causes = [v for v in trouble if v.state == "hung" or not _SYMPTOM.search(v.message)]
+    causes = [v for v in trouble if v.state == "hung" or not LOST_ANOTHER.search(v.message)]
     if causes:
         return causes[0]
     early = [v for v in verdicts if v.kind == "unsaved"]
@@ -142,7 +142,3 @@ def _death(one: Said) -> str:
 
 _POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _OUTSIDE = re.compile(r"killed by SIGKILL|loader worker was killed|^host ")
-_SYMPTOM = re.compile(
-    r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|DistBackendError|DistNetworkError|gloo/transport"
-)
-"""What a rank says that met the death of another one."""

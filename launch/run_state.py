@@ -149,8 +149,8 @@ def _going(run: Reading, alive: list[Rank]) -> Judgement:
         if gone and run.launches and _lives(run.launches[-1]):
             advice = "the launcher ends the others within seconds"
         return "still", f"{who} {what}, and the others wait, {where} for {ago(still)}", advice
-    if evaluating := _evaluating(run):
-        return "running", evaluating, ""
+    if busy := _evaluating(run) or _saving(run):
+        return "running", busy, ""
     if still > max(STILL, 10 * run.pace):
         return "still", f"alive, but no update for {ago(still)}, {where}", _patience(run, still)
     return "running", "training" if run.steps else f"{where} for {ago(still)}", ""
@@ -162,6 +162,15 @@ def _evaluating(run: Reading) -> str:
         if event.get("event") == "evaluate" and "seconds" not in event:
             return f"evaluating for {ago(run.now - float(event['time']))}"
     return ""
+
+
+def _saving(run: Reading) -> str:
+    """Of the last save of a launch, which is tried again for long where the storage fails."""
+    since = 0.0
+    for event in run.ranks[0].events if run.ranks else []:
+        if event.get("event") in ("last_save", "checkpoint"):
+            since = float(event["time"]) if event["event"] == "last_save" else 0.0
+    return f"saving before it ends, for {ago(run.now - since)}" if since else ""
 
 
 def _patience(run: Reading, still: float) -> str:

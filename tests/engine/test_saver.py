@@ -270,6 +270,7 @@ def test_the_last_save_is_tried_again_until_the_storage_is_back(run: Path) -> No
     assert one.settle(state(10), beat) == ""
     assert newest(run).state["update"] == 10
     assert "NotADirectoryError" in notes(one).said[0]
+    assert notes(one).said.count("the last save is tried for 1 minutes (engine.save_minutes)") == 1
 
 
 def test_the_last_save_gives_up_in_the_end_and_says_why(run: Path) -> None:

@@ -136,10 +136,11 @@ def test_strangers_at_the_rendezvous_do_not_matter(tmp_path: Path) -> None:
     place = {"nodes": 2, "rendezvous": f"localhost:{free_port()}"}
     host = plan_run("stand_in", None, run=tmp_path, **place)  # type: ignore[arg-type]
     with Meeting(host) as meeting:
-        with socket.create_connection(host.meeting_point) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            while stranger.recv(4096):
-                pass
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "join"}\n'):
+            with socket.create_connection(host.meeting_point) as stranger:
+                stranger.sendall(words)
+                while stranger.recv(4096):
+                    pass
         ended = time.monotonic() + 0.3
         assert meeting.gather(lambda: time.monotonic() > ended) is None
 

@@ -80,11 +80,14 @@ def test_a_finished_run_that_aborts_at_exit_is_finished(tmp_path: Path) -> None:
     assert [end["verdict"]["state"] for end in launches(tmp_path)] == ["finished"]
 
 
-def test_a_rank_that_dies_takes_the_others_along_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_rank_that_dies_takes_the_others_along_and_the_run_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert go(tmp_path, "--fault", "SIGSEGV", "--once", "--loader", processes=2) == 0
     first, second = launches(tmp_path)
     assert (first["verdict"]["message"], first["again"]) == ("rank 1 was killed by SIGSEGV", True)
     assert second["verdict"]["state"] == "finished"
+    assert "Traceback" not in capfd.readouterr().err  # of those that lost rank 1
 
 
 @pytest.mark.slow
@@ -203,6 +206,10 @@ def test_a_plan_renders_torchruns_words_and_those_of_each_host(tmp_path: Path) -
     ("given", "words"),
     [
         ({"processes": 0}, "at least one process"),
+        ({"nodes": 0}, "at least one host"),
+        ({"rendezvous": "a:1"}, "give --nodes N"),
+        ({"nodes": 2, "rendezvous": "a:65536"}, "HOST:PORT"),
+        ({"run": __file__}, "is a file"),
         ({"nodes": 2, "node_rank": 2, "rendezvous": "a:1"}, "from 0 to 1"),
         ({"nodes": 2}, "HOST:PORT"),
         ({"nodes": 2, "rendezvous": "a"}, "HOST:PORT"),

@@ -207,6 +207,10 @@ def test_alive_without_an_update_is_told_from_an_evaluation(tmp_path: Path) -> N
     )
     status = read_status(tmp_path)
     assert (status.state, status.summary) == ("running", "evaluating for 1 min 39 s")
+    saving = {"time": time.time() - 80, "event": "last_save"}
+    tried = {"time": time.time() - 70, "event": "message", "text": "not saved"}
+    write_log(tmp_path, 0, alive(200), step(4, 100), saving, tried, alive(1))
+    assert read_status(tmp_path).summary == "saving before it ends, for 1 min 20 s"
     write_log(tmp_path, 0, alive(200), step(4, 100, seconds=60.0), alive(1))
     assert read_status(tmp_path).state == "running"
 
