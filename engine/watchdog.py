@@ -26,8 +26,9 @@ class Watchdog:
     RUN/logs/rank-000.stacks.txt, gives the verdict `hung` and ends the process.
 
     The file is opened at the start, since a storage that hangs may be the cause. Time in which this process
-    was itself stopped does not count. SIGUSR2 has the stacks written at any time, from whatever the process
-    is stuck in; so does a thread of the C library where Python cannot run at all.
+    was itself stopped does not count, up to `minutes` and one more at a time. SIGUSR2 has the stacks written
+    at any time, from whatever the process is stuck in; so does a thread of the C library where Python cannot
+    run at all, which then ends the process.
 
     Args:
         run: run folder.

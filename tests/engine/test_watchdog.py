@@ -18,11 +18,13 @@ from engine.verdict import LAUNCHED
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def start(folder: Path, body: str, seconds: float = 1.0, run: str = "run") -> subprocess.Popen[str]:
+def start(
+    folder: Path, body: str, seconds: float = 1.0, run: str = "run", backstop: float = 0.5
+) -> subprocess.Popen[str]:
     code = f"""
 import ctypes, pathlib, time
 from engine import watchdog
-watchdog.LEAVE_SECONDS = watchdog.BACKSTOP_SECONDS = 0.5
+watchdog.LEAVE_SECONDS, watchdog.BACKSTOP_SECONDS = 0.5, {backstop}
 with watchdog.Watchdog(pathlib.Path({str(folder / run)!r}), {seconds} / 60, 3, 1) as dog:
     dog.beat(7)
     pathlib.Path({str(folder / "ready")!r}).touch()
@@ -80,7 +82,7 @@ def test_beats_keep_it_alive_and_an_end_ends_it(tmp_path: Path) -> None:
 def test_time_in_which_the_process_was_stopped_does_not_count_and_stacks_may_be_asked_for(
     tmp_path: Path,
 ) -> None:
-    process = start(tmp_path, "time.sleep(8)", seconds=5)
+    process = start(tmp_path, "time.sleep(8)", seconds=5, backstop=60)
     process.send_signal(signal.SIGSTOP)
     time.sleep(6)  # the time itself is what is tested
     process.send_signal(signal.SIGCONT)
