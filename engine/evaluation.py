@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -67,6 +69,14 @@ class Evaluation:
                 self.logs.say(line)
         beat()
         return True
+
+    def done_before(self, update: int) -> bool:
+        """Whether an earlier launch has logged the figures of this update's evaluation; asked of rank 0."""
+        rows = []
+        with suppress(OSError, ValueError):
+            text = (self.logs.run / "metrics.jsonl").read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.splitlines() if '"evaluate/' in line]
+        return bool(self.world.from_first(any(row.get("update") == update for row in rows)))
 
     def _share_with_another(self) -> float:
         """Share of the run's time after one more evaluation; 0 before the first."""

@@ -57,6 +57,7 @@ class Loop:
         self.stop, self.watchdog = stop, watchdog
         self.updates = Updates(task, config, world, engine, partition)
         self.evaluation = Evaluation(task, config, world, engine, logs, compilation)
+        self.evaluated = False  # the last update
         self.bad = BadUpdates(task, config, run, world, logs)
         self.saver = Saver(
             run, world, attempt, partition, self._whole, task.export, config, logs, self._keep_for_ever
@@ -82,6 +83,11 @@ class Loop:
         if self._asked():
             return self._end()
         self.engine.train()
+        if self.progress.update >= self.config.updates:  # but for what an earlier launch did not come to
+            if not self.evaluation.done_before(self.progress.update):
+                self.evaluation.run_if_due(self.progress.update, self.watchdog.beat)
+            self.evaluated = True
+            return self._end()
         self.batches = self._open_data()
         try:
             failed = self._make_updates()
@@ -117,6 +123,7 @@ class Loop:
                     self.saver.wait(self.watchdog.beat)  # this one is not put off: runs are extended from it
                 self.saver.begin(self._state())
             if not asked and self.evaluation.run_if_due(progress.update, self.watchdog.beat):
+                self.evaluated = progress.update == config.updates
                 asked = self._asked()
         return None
 
@@ -125,7 +132,7 @@ class Loop:
         progress = self.progress
         if failed := self._save_all():
             return failed
-        if progress.update >= self.config.updates:
+        if self.evaluated:
             return Verdict("finished", progress.update, self.attempt)
         why = self.stop.name or "a signal to another rank"
         return Verdict(

@@ -17,7 +17,19 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from toy_runs import COMMON, ENV, UPDATES, launch, losses, plain_loop, rank_files, same_bits, weights, words
+from toy_runs import (
+    COMMON,
+    ENV,
+    UPDATES,
+    launch,
+    losses,
+    plain_loop,
+    rank_files,
+    rows,
+    same_bits,
+    weights,
+    words,
+)
 from toy_worker import ToyRecipe, ToyTask
 
 from engine.errors import UserError
@@ -189,6 +201,15 @@ def test_an_evaluation_that_fails_costs_no_update(tmp_path: Path, monkeypatch: p
     with pytest.raises(RuntimeError, match="no picture"):
         train(task, config, tmp_path)
     assert (tmp_path / "checkpoints" / "update-00000002" / "complete.json").is_file()
+
+
+def test_a_run_ends_with_an_evaluation_although_a_signal_came_before_it(tmp_path: Path) -> None:
+    config = EngineConfig(updates=2, precision="fp32", device="cpu", checkpoint_every=0)
+    recipe = ToyRecipe(engine=config, die_at=1, die_with="SIGTERM")
+    states = [train(ToyTask(recipe, tmp_path), config, tmp_path).state for _ in range(3)]
+    assert states == ["preempted", "finished", "finished"]
+    figures = [row for row in rows(tmp_path / "metrics.jsonl") if "evaluate/loss" in row]
+    assert [row["update"] for row in figures] == [2]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
