@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from engine.compilation import Compilation
 from engine.distributed import World, seed_process, untouched_generators
@@ -44,7 +45,8 @@ class Evaluation:
     def run_if_due(self, update: int, beat: Callable[[], None] = lambda: None) -> bool:
         """After update `update`: evaluate where that is due and affordable; the last update always is.
 
-        beat: called before and after, for the watchdog. Returns whether it evaluated.
+        beat: called before, after, and whenever a module computes, for the watchdog. Returns whether it
+        evaluated.
         """
         config = self.config
         if update != config.updates:
@@ -60,7 +62,11 @@ class Evaluation:
         beat()
         self.logs.event("evaluate", update=update)
         began = time.monotonic()
-        self._run(update)
+        moves = register_module_forward_pre_hook(lambda *_: beat())
+        try:
+            self._run(update)
+        finally:
+            moves.remove()
         self._last = time.monotonic() - began
         self._spent += self._last
         self.logs.event("evaluate", update=update, seconds=round(self._last, 3))

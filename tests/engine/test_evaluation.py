@@ -126,3 +126,21 @@ def test_generators_go_on_as_if_nothing_had_been_drawn(world: World) -> None:
     assert draw() == before
     assert [values for _, values in scores] == [scores[0][1]] * 2  # and its own draws are always the same
     assert model.training
+
+
+def test_an_evaluation_that_moves_beats_the_watchdog(world: World) -> None:
+    layer, beats = torch.nn.Linear(2, 2), list[None]()
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        for _ in range(5):
+            layer(torch.zeros(1, 2))
+        return {}
+
+    task: Any = SimpleNamespace(model=Engine(), evaluate=evaluate, pictures=lambda *_: None)
+    logs: Any = SimpleNamespace(say=None, writer=None, event=lambda *_, **__: None)
+    config = EngineConfig(updates=1)
+    compilation = Compilation(task.model, config, world.device)
+    Evaluation(task, config, world, task.model, logs, compilation).run_if_due(1, lambda: beats.append(None))
+    assert len(beats) == 2 + 5
+    evaluate()
+    assert len(beats) == 2 + 5
