@@ -132,7 +132,7 @@ def test_an_evaluation_that_moves_beats_the_watchdog(world: World) -> None:
     layer, beats = torch.nn.Linear(2, 2), list[None]()
 
     def evaluate(*_: Any) -> dict[str, float]:
-        for _ in range(5):
+        for _step in range(5):
             layer(torch.zeros(1, 2))
         return {}
 
