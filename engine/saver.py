@@ -283,13 +283,13 @@ class Saver:
         self._phase = "stopping"
         error = self._work.error if self._work is not None else None
         text = "" if error is None else f"rank {self.world.rank}: {type(error).__name__}: {error}"
-        found = self.world.gather([text, isinstance(error, TakenOver)])
+        found = self.world.gather([text, str(error) if isinstance(error, TakenOver) else ""])
         self.failure = next(text for text, _ in found if text)
         self._failures += 1
         wait = FIRST_RETRY * 2 ** (self._failures - 1)
         self._retry_at = self._heard + wait
-        if any(taken_over for _, taken_over in found):
-            raise TakenOver(self.failure)
+        if taken_over := next((words for _, words in found if words), ""):
+            raise TakenOver(taken_over)
         self.logs.event("not saved", name=save.name, why=self.failure, failures=self._failures)
         if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
             times = f", {self._failures} times now" if self._failures > 1 else ""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError
 from engine.memory import Prediction, explain
@@ -18,6 +19,8 @@ from engine.verdict import USER_ERROR, Verdict, read_attempt, write_verdict
 from launch.meeting import Guest, Lost, Meeting, interface
 from launch.plan import Place, Plan, plan_run
 from launch.policy import Launch, Said, again, conclude
+from launch.run_files import launches_of
+from launch.run_state import state_of
 from launch.workers import Heard, Workers
 
 FAILED_SECONDS = 10.0
@@ -75,6 +78,8 @@ def run_local(
         return USER_ERROR
     if verdict.kind == "user":
         print(f"medfm: error: {verdict.message}", file=sys.stderr, flush=True)
+    elif verdict.kind == "unsaved":  # by one that may not know the update
+        _say(f"{verdict.state}: {verdict.message}")
     elif verdict.state != "finished":
         _say(f"{verdict.state} at update {verdict.update}: {verdict.message}")
     return verdict.exit_code
@@ -92,6 +97,8 @@ def launch(plan: Plan) -> Verdict:
         raise UserError(f"--run {plan.run}: this is a file, or lies in one; give a folder") from None
     except OSError as error:
         raise UserError(f"--run {plan.run}: this folder cannot be made ({error.strerror})") from None
+    if not os.access(plan.run, os.W_OK | os.X_OK):
+        raise UserError(f"--run {plan.run}: not writable; see who owns it and how its disk is mounted")
     with Heard() as heard:
         try:
             if plan.node_rank == 0:
@@ -106,6 +113,7 @@ def launch(plan: Plan) -> Verdict:
 def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
     """Host 0, or the only one: decides and keeps the book, RUN/launches.jsonl."""
     saved_before, launches = _newest(plan.run), list[Launch]()
+    _name_another(plan.run)
     while True:
         place = meeting.gather(lambda: heard.stop)
         if place is None:
@@ -200,6 +208,14 @@ def _write_down(run: Path, **values: object) -> None:
             file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
     except OSError as error:
         _say(f"{run / 'launches.jsonl'} cannot be written ({error})")
+
+
+def _name_another(run: Path) -> None:
+    """A launch takes the run over from one that still goes on; on this host that may be an oversight."""
+    last: dict[str, Any] = next(reversed(launches_of(run)), {})
+    if "end" not in last and last.get("host") == socket.gethostname() and state_of(last):
+        pid = last["pid"]
+        _say(f"process {pid} trains this run, too: this one takes over, that one ends at its next save")
 
 
 def _memory(run: Path) -> str:

@@ -73,7 +73,7 @@ def conclude(
         return causes[0]
     early = [v for v in verdicts if v.kind == "unsaved"]
     if told:
-        text = "stopped before it could save; start again to go on from the last checkpoint"
+        text = "stopped before it could save; start again to go on from what was saved before"
         return early[0] if early else Verdict("preempted", update, message=text, kind="unsaved")
     if lost:
         return Verdict("failed", update, message=lost)

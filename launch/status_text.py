@@ -153,7 +153,9 @@ def _launches(status: Status) -> list[str]:
         if not verdict:
             lines.append(f"    {row.get('attempt')}: its launcher did not say how it ended")
             continue
-        how = f"{verdict.get('state', '?')} at update {verdict.get('update', '?')}".replace("_", " ")
+        how = str(verdict.get("state", "?")).replace("_", " ")
+        if verdict.get("kind") != "unsaved":
+            how += f" at update {verdict.get('update', '?')}"
         lasted = ago(float(row.get("end") or 0) - float(row.get("start") or 0))
         text = " ".join(str(verdict.get("message", "")).split())[:90]
         lines.append(f"    {row.get('attempt')}: {how} after {lasted}{': ' + text if text else ''}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -88,6 +89,14 @@ def test_a_rank_that_dies_takes_the_others_along_and_the_run_goes_on(
     assert (first["verdict"]["message"], first["again"]) == ("rank 1 was killed by SIGSEGV", True)
     assert second["verdict"]["state"] == "finished"
     assert "Traceback" not in capfd.readouterr().err  # of those that lost rank 1
+
+
+def test_a_launch_names_the_one_it_takes_over_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    row = {"time": time.time(), "event": "launch", "attempt": 1, "host": socket.gethostname()}
+    for pid in (os.getppid(), 2**22 + 1):
+        (tmp_path / "launches.jsonl").write_text(json.dumps({**row, "pid": pid}) + "\n")
+        assert go(tmp_path) == 0
+        assert ("this one takes over" in capfd.readouterr().err) == (pid == os.getppid())
 
 
 @pytest.mark.slow
