@@ -60,7 +60,7 @@ class Loop:
         self.evaluated = False  # the last update
         self.bad = BadUpdates(task, config, run, world, logs)
         self.saver = Saver(
-            run, world, attempt, partition, self._whole, task.export, config, logs, self._keep_for_ever
+            run, world, attempt, partition, self._whole, task.export, config, logs, self._must_stay
         )
         self.data: DataLog | None = getattr(task, "data", None)
         flops, tokens = getattr(task, "flops_per_update", 0), getattr(task, "tokens_per_update", 0)
@@ -196,10 +196,10 @@ class Loop:
     def _decay_begins(self, update: int) -> bool:
         return self.config.schedule == "wsd" and update == decay_start(self.config)
 
-    def _keep_for_ever(self, update: int) -> bool:
+    def _must_stay(self, update: int, newest: int) -> bool:
         """Checkpoints that a run is extended from, and the due ones that it may go back to, however many
         stops have asked for others since."""
-        recent = self.progress.update - self.config.keep_last * self.config.checkpoint_every
+        recent = newest - self.config.keep_last * self.config.checkpoint_every
         return self._decay_begins(update) or (self._due(update) and update > recent)
 
     def _state(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Saver:
         export: writes the weights for use from the whole state dict, in a thread of rank 0.
         config: `keep_last`, `keep_every` and `save_minutes` of it are used.
         logs: told of every save.
-        keep: updates whose checkpoints are never deleted.
+        keep: given an update and the one just saved, whether the checkpoint of the first must stay.
 
     Attributes:
         last: (update, position) of the newest complete checkpoint; the loop sets it when it resumes or goes
@@ -71,7 +71,7 @@ class Saver:
         export: Callable[[Mapping[str, Tensor], Path], None],
         config: EngineConfig,
         logs: Logs,
-        keep: Callable[[int], bool] = lambda update: False,
+        keep: Callable[[int, int], bool] = lambda update, newest: False,
     ) -> None:
         self.run, self.world, self.attempt, self.partition = run, world, attempt, partition
         self.export, self.config, self.logs, self.keep = export, config, logs, keep
@@ -259,7 +259,8 @@ class Saver:
         save.note(save.moved)
         final = checkpoint.put_in_place(self.run, self.attempt, save.scratch, save.update)
         try:
-            checkpoint.prune(self.run, final, self.config.keep_last, self.config.keep_every, self.keep)
+            last, every = self.config.keep_last, self.config.keep_every
+            checkpoint.prune(self.run, final, last, every, lambda update: self.keep(update, save.update))
         except OSError as error:
             save.notice = f"old checkpoints could not be deleted: {error}"
 

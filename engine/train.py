@@ -22,6 +22,7 @@ from engine.signals import StopRequest
 from engine.task import DataLog, Task
 from engine.verdict import (
     Verdict,
+    last_attempt,
     out_of_memory,
     read_attempt,
     record_failure,
@@ -133,7 +134,7 @@ def _open_run(run: Path, world: World) -> int:
     """Take the next attempt number and clear half-written checkpoints."""
     if world.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        attempt = read_attempt(run) + 1
+        attempt = last_attempt(run) + 1
         write_text(run / "attempt", f"{attempt}\n")
         checkpoint.tidy(run)
     return int(world.from_first(attempt if world.rank == 0 else None))

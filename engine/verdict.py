@@ -95,11 +95,22 @@ def read_verdict(run: Path) -> Verdict | None:
         return None
 
 
-def read_attempt(run: Path) -> int:
-    """Number of the last launch of this run folder; 0 before the first."""
+def last_attempt(run: Path) -> int:
+    """Number of the last launch of this run folder; 0 before the first.
+
+    Raises OSError where it cannot be read: a new launch must not take a number that is taken.
+    """
     try:
         return int((run / "attempt").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def read_attempt(run: Path) -> int:
+    """The same for those who only look: 0, too, where it cannot be read."""
+    try:
+        return last_attempt(run)
+    except OSError:
         return 0
 
 

@@ -120,7 +120,7 @@ def saver(
     rank: World | None = None,
     export: Callable[[Mapping[str, Tensor], Path], None] = write_plan,
     attempt: int = 1,
-    keep: Callable[[int], bool] = lambda update: False,
+    keep: Callable[[int, int], bool] = lambda update, newest: False,
     **config: Any,
 ) -> Saver:
     mean = {"mean|buffer": torch.tensor([1.5, 2.5], dtype=torch.float64)}
@@ -143,7 +143,7 @@ def turn(saver: Saver) -> None:
 def store(run: Path, update: int, attempt: int = 1, seed: float = 0.0, **config: Any) -> Path:
     """A checkpoint of one rank; fails the test where it cannot be saved."""
     why = saver(run, Part(seed=seed), attempt=attempt, **config).settle(state(update))
-    assert not why
+    assert not why, why
     return checkpoint.folder_of(run, update)
 
 

@@ -407,7 +407,7 @@ def test_what_tidy_clears_cannot_be_finished(run: Path, disk: Disk) -> None:
 
 
 def test_old_checkpoints_go_and_milestones_stay(run: Path) -> None:
-    one = saver(run, keep=lambda update: update == 3, keep_last=1, keep_every=4)
+    one = saver(run, keep=lambda update, newest: update == 3, keep_last=1, keep_every=4)
     for update in range(1, 7):
         assert one.settle(state(update)) == ""
     assert kept(run) == [f"update-{u:08d}" for u in (3, 4, 6)]
