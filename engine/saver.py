@@ -35,6 +35,7 @@ from engine.zero_state import Partition
 
 FIRST_RETRY = 10  # updates after a failed save until it is tried again; doubled with every failure
 LEAST_PATIENCE = 30.0  # seconds without a byte written before a save on its way counts as stuck
+LOG_PATIENCE = 5.0  # seconds that a save waits for the lines logged before it
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between tries of the last save of a launch
 
 
@@ -256,6 +257,8 @@ class Saver:
     def _finish(self, save: _Save, entries: Mapping[str, Mapping[str, Any]]) -> None:
         """In a thread of rank 0."""
         checkpoint.seal(save.scratch, entries, json.loads(save.state), self.export)
+        # What was logged up to this update is not made again by a run that resumes from it.
+        self.logs.flush(LOG_PATIENCE)
         save.note(save.moved)
         final = checkpoint.put_in_place(self.run, self.attempt, save.scratch, save.update)
         try:

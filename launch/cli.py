@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 USER_ERROR = 2
@@ -367,14 +368,23 @@ def _is_for_people(error: BaseException) -> bool:
     return isinstance(error, kinds) or (isinstance(error, OSError) and error.filename is not None)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 wait until the launcher listens, which ends in a saved state."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code; an error for people is one line on stderr and exit code 2."""
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0] in ("pretrain", "finetune", "launch") and sys.platform == "linux":
-        # They wait until the launcher listens, which ends in a saved state.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    trains = bool(words) and words[0] in ("pretrain", "finetune", "launch")
     try:
-        code = _run(words)
+        with _signals_held() if trains and sys.platform == "linux" else nullcontext():
+            code = _run(words)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("medfm: stopped; start the same command again to go on", file=sys.stderr)

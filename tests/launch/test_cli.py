@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,8 +39,10 @@ def medfm(capfd: pytest.CaptureFixture[str]) -> Medfm:
 
     def run(*words: str) -> Done:
         capfd.readouterr()
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         with pytest.raises(SystemExit) as ended:
             main(words)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == held  # or what is forked later hears none
         assert isinstance(ended.value.code, int)
         return Done(ended.value.code, *capfd.readouterr())
 
