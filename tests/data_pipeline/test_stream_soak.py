@@ -26,7 +26,7 @@ from data_pipeline.shard_cache import CacheConfig
 from data_pipeline.shard_files import OPEN_FILES
 from data_pipeline.stream import Crop, open_stream
 
-SECONDS = float(os.environ.get("MEDFM_SOAK_S", "20"))
+SECONDS = float(os.environ.get("MEDFM_SOAK_S", "10"))
 WARM = 4000  # crops that settle heap and caches
 FIGURES = ("MiB", "descriptors", "maps")
 #: What each figure may rise by over the second half of the run, by a line fitted to it.
