@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,13 @@ SIZES = {
     "deep": {"width": 96, "depth": 8, "heads": 3, "registers": 2, "drop_path": 0.1},
 }
 CASES = [
-    *[("wide", stage, "fp32", False, 1) for stage in range(4)],
-    *[("wide", stage, "bf16", False, 1) for stage in (0, 1, 3)],
+    *[("wide", stage, "fp32", False, 1) for stage in range(3)],
+    *[("wide", stage, "bf16", False, 1) for stage in (0, 1)],
     *[("wide", stage, "fp32", False, 2) for stage in (1, 2)],
     *[("deep", stage, "bf16", True, 1) for stage in (0, 2)],
     ("deep", 1, "fp32", False, 1),
+    # Last, as ZeRO 3 gives the whole process another `linear`, which keeps other copies of weights.
+    *[("wide", 3, precision, False, 1) for precision in ("fp32", "bf16")],
 ]
 
 
@@ -43,12 +46,16 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operators have made and nothing has given back; a small and fast
     `torch.distributed._tools.mem_tracker`.
 
+    A thread of Gloo may hold the tensor that it reduced for a moment longer than the caller; a peak after a
+    collective counts only if it lasts.
+
     Attributes: `now`, `peak`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._reduced = False
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +68,15 @@ class LiveBytes(TorchDispatchMode):
                         storage, partial(self._gone, storage._cdata, size)
                     )
                     self.now += size
-        self.peak = max(self.peak, self.now)
+        if func.namespace == "c10d":
+            self._reduced = True
+        elif self.now > self.peak:
+            for _ in range(50 * self._reduced):
+                if self.now <= self.peak:
+                    break
+                time.sleep(0.002)
+            self._reduced = False
+            self.peak = max(self.peak, self.now)
         return out
 
     def _gone(self, key: int, size: int, _: object) -> None:
