@@ -2,8 +2,9 @@
 
 The prediction counts tensors of one rank at the worst moment of an update: when the loss is computed, and
 once more when the last gradient is reduced. It needs neither a step nor a device. What it leaves out: the
-libraries' own memory on a GPU, gaps between blocks of the allocator, evaluations. `explain` works from the
-prediction alone, so that a launcher can tell of a worker that the kernel has killed.
+libraries' own memory on a GPU, gaps between blocks of the allocator, evaluations, a reduced bucket for the
+moment that a thread of Gloo is late to give it back. `explain` works from the prediction alone, so that a
+launcher can tell of a worker that the kernel has killed.
 
 PyTorch is imported where a device is asked only.
 """

@@ -28,6 +28,10 @@ WORDS = [
     "--engine.updates", str(UPDATES), "--engine.checkpoint_every", "5", "--engine.lr", "0.01",
     "--engine.device", "cpu", "--engine.hang_minutes", "3", "--engine.log_every", "5",
 ]  # fmt: skip
+ALONE = (
+    "import sys; from launch.local import run_local; "
+    "sys.exit(run_local('toy_worker', None, sys.argv[2:], 2, run=sys.argv[1]))"
+)
 ADDRESSES = ("10.203.77.1", "10.203.77.2")
 
 
@@ -83,9 +87,8 @@ sys.exit(launch(replace(plan, lost_seconds=6)).exit_code)
 
     def start_alone(self, run: Path) -> subprocess.Popen[bytes]:
         """The same run on two ranks of one host, whose network stays as it is."""
-        code = f"import sys; from launch.local import run_local; " \
-               f"sys.exit(run_local('toy_worker', None, {WORDS!r}, 2, run={str(run)!r}))"  # fmt: skip
-        self.started.append(subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **ENV}))
+        command = [sys.executable, "-c", ALONE, str(run), *WORDS]
+        self.started.append(subprocess.Popen(command, env={**os.environ, **ENV}))
         return self.started[-1]
 
 
