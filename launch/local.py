@@ -117,7 +117,10 @@ def _lead(plan: Plan, meeting: Meeting, heard: Heard) -> Verdict:
     while True:
         place = meeting.gather(lambda: heard.stop)
         if place is None:
-            return _stopped(launches[-1].verdict if launches else None)
+            verdict = _stopped(launches[-1].verdict if launches else None)
+            if launches or not read_attempt(plan.run):  # else what an earlier launch came to stays
+                write_verdict(plan.run, verdict)
+            return verdict
         before = read_attempt(plan.run)
         with suppress(OSError):
             (plan.run / "verdict.json").unlink(missing_ok=True)

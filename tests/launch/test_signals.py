@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 import pytest
 
+from launch import local
+
 HERE = Path(__file__).parent
 ENV = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
@@ -176,6 +178,26 @@ def test_a_signal_to_any_process_saves_once_and_ends(
     if when != "start":
         assert verdict["kind"] == ""
         assert len(list(started.run.glob("checkpoints/update-*/complete.json"))) == 1
+
+
+def test_a_signal_before_any_worker_was_started_has_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run that never began; in one that did, its last verdict stays."""
+    monkeypatch.setattr(local, "_name_another", lambda run: os.kill(os.getpid(), TERM))
+    for earlier in (None, {"state": "failed", "update": 7, "attempt": 1}):
+        run = tmp_path / str(earlier is None)
+        if earlier is not None:
+            run.mkdir()
+            (run / "attempt").write_text("1\n")
+            (run / "verdict.json").write_text(json.dumps(earlier))
+        assert local.run_local("stand_in", None, [], 2, run=run, env=ENV) == 75
+        assert not (run / "launches.jsonl").exists()
+        verdict = json.loads((run / "verdict.json").read_text())
+        if earlier is None:
+            assert (verdict["state"], verdict["kind"], verdict["update"]) == ("preempted", "unsaved", 0)
+        else:
+            assert verdict == earlier
 
 
 def test_signals_that_rain_on_a_save_do_not_hurt(start: Callable[..., Started]) -> None:
