@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
+import random
+import secrets
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+
+from data_pipeline import privacy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, whole runs before all: with several workers none idles at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.parent.name != "end_to_end", item.path not in slow))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test meets the same global generators and hash keys on every run, whatever ran before it in its
+    process: what a model learns depends on the split, and the split on the key.
+    """
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    count = itertools.count()
+    privacy.secrets = SimpleNamespace(  # type: ignore[assignment]
+        token_bytes=lambda size: sha256(b"test key %d" % next(count)).digest()[:size],
+        token_hex=secrets.token_hex,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_a_two_channel_folder_trains_exports_and_segments(shards, tmp_path):
     optimizer = torch.optim.AdamW(task.optimizer_groups(), lr=0.01)
     batches = task.batches(0, 0, 1)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         total = 0.0
         for _ in range(task.micro_steps(1)):
             loss, _ = task.model(next(batches))
