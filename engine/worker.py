@@ -3,12 +3,14 @@ how its end becomes a verdict and an exit code."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from engine.errors import UserError
 from engine.signals import Stopped, StopRequest, die_with_parent
@@ -119,3 +121,13 @@ def run_worker(body: Callable[[], Verdict], run: Path | None = None) -> int:
     if (run is None or LAUNCHED not in os.environ) and os.environ.get("RANK", "0") == "0":
         print(f"medfm: error: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process once what is registered for its end is done, without taking the interpreter apart:
+    with PyTorch loaded that costs a second, and may crash. Threads that still run end, too."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a reader that has gone, a full disk
+            stream.flush()
+    os._exit(code)

@@ -7,6 +7,7 @@ them in once Python can listen (`engine.signals`).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import psutil
 
 from engine.signals import ASKED, PARENT, STACKS, die_with_parent
 from engine.verdict import LAUNCHED, Verdict, tell_launcher
+from engine.worker import end_process
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -36,9 +38,11 @@ def main() -> int:
 
     import logging
 
+    gc.disable()  # what an import makes stays
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
+    gc.enable()
     logging.disable(logging.ERROR)  # torchrun's lines about a failed worker; the worker has said why
     parser = get_args_parser()
     parser.allow_abbrev = False  # or a worker's own --run would be taken for torchrun's --run-path
@@ -76,4 +80,4 @@ def _tell(failures: list[tuple[int, ProcessFailure]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

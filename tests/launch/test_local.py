@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -170,6 +171,30 @@ def test_what_the_kernel_killed_is_explained_from_the_log(tmp_path: Path) -> Non
     )
     assert "weights 8.00 GiB" in _memory(tmp_path)
     assert _memory(tmp_path / "absent").startswith("out of memory")
+
+
+def test_a_process_ends_with_its_output_written_and_what_is_registered_for_its_end_done(
+    tmp_path: Path,
+) -> None:
+    code = f"""
+import atexit, pathlib, sys, threading, time
+from engine.worker import end_process
+atexit.register(pathlib.Path({str(tmp_path / "done")!r}).touch)
+threading.Thread(target=time.sleep, args=(1000,)).start()
+print("not flushed yet")
+end_process(7)
+"""
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=buffered,
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "not flushed yet\n", "")
+    assert (tmp_path / "done").exists()
 
 
 @pytest.mark.parametrize(("rank", "launched"), [("0", False), ("0", True), ("1", True)])
