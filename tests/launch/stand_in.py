@@ -52,12 +52,14 @@ def alive(pid: int) -> bool:
 
 
 def save(run: Path, update: int, seconds: float, attempt: int) -> None:
-    """Rank 0 saves while the others wait for it."""
+    """Rank 0 saves while the others wait for it; as long as there is a file `hold`, if not longer."""
     meet(run, attempt, "saving")
     if RANK == 0:
         with open(run / "saves", "a") as saves:
             saves.write(f"{attempt} {update}\n")
         time.sleep(seconds)
+        while (run / "hold").exists():
+            time.sleep(0.01)
         folder = run / "checkpoints" / f"update-{update:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "complete.json").touch()
