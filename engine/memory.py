@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,6 +43,7 @@ class Prediction:
         ranks: ranks that share the host's memory.
         settings: what could be set instead, such as `engine.zero_stage 2`, and the total it would make.
         batch_fields: names of the recipe fields that make a micro-step smaller.
+        unknown: why activations are not among the parts.
     """
 
     device: str
@@ -51,6 +52,7 @@ class Prediction:
     ranks: int = 1
     settings: dict[str, int] = field(default_factory=dict)
     batch_fields: str = ""
+    unknown: str = ""
 
     @property
     def total(self) -> int:
@@ -61,7 +63,7 @@ class Prediction:
         """One line: the total and its parts, largest first."""
         shown = self.parts | (self.host if self.device == "cpu" else {})
         listed = sorted(((n, b) for n, b in shown.items() if b), key=lambda part: -part[1])
-        unknown = "" if "activations" in self.parts else "; this task does not say what its activations take"
+        unknown = f"; {self.unknown}" if self.unknown else ""
         return f"{size(self.total)} a rank ({', '.join(f'{n} {size(b)}' for n, b in listed)}{unknown})"
 
 
@@ -75,23 +77,25 @@ class Limit(NamedTuple):
 
 def predict(task: Task, config: EngineConfig, world: World) -> Prediction:
     """Memory of a rank of this run; to be called before the model is wrapped."""
+    from engine.optimizer import stage_of  # which asks this module how much it may reduce at a time
+
     parameters = list(task.model.parameters())
     numel = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    matrices = sum(p.numel() for p in parameters if p.ndim > 1)
+    matrices = sum(p.numel() for p in parameters if p.ndim > 1 and p.requires_grad)
     micro_steps = task.micro_steps(world.size)
-    activations = getattr(task, "activation_bytes", None)
+    activations, unknown = _activations(task, config.activation_checkpointing)
 
     def parts(stage: int, checkpointing: bool) -> dict[str, int]:
         states = _states(stage, world.size, numel, trained, micro_steps)
         if config.precision == "bf16" and stage < 3:
             states["bf16 copies of weights"] = 2 * matrices
-        if activations is not None:
-            states["activations"] = int(activations(checkpointing))
+        if not unknown:
+            states["activations"] = activations(checkpointing)
         reduced = _reduction(stage, world.size, numel, trained)
         return max(states, reduced | dict.fromkeys(states.keys() - reduced.keys(), 0), key=_sum)
 
-    stage, checkpointing = config.zero_stage, config.activation_checkpointing
+    stage, checkpointing = stage_of(config, world), config.activation_checkpointing
     host = {"copy for the saver": 12 * trained // world.size}
     host["programs and data"] = max(0, host_now() - 4 * numel * (world.device.type == "cpu"))
     here = Prediction(
@@ -100,6 +104,7 @@ def predict(task: Task, config: EngineConfig, world: World) -> Prediction:
         host,
         _ranks_here(world),
         batch_fields=getattr(task, "batch_fields", ""),
+        unknown=unknown,
     )
     other: dict[str, tuple[int, bool]] = {}
     if not checkpointing and callable(getattr(task.model, "set_checkpointing", None)):
@@ -110,6 +115,19 @@ def predict(task: Task, config: EngineConfig, world: World) -> Prediction:
     beside = here.total - _sum(here.parts)
     here.settings.update({name: _sum(parts(*choice)) + beside for name, choice in other.items()})
     return here
+
+
+def _activations(task: Task, checkpointing: bool) -> tuple[Callable[[bool], int], str]:
+    """The task's hook, and why it is of no use where it is not: what is only said must not end a run."""
+    hook: Callable[[bool], int] | None = getattr(task, "activation_bytes", None)
+    if hook is None:
+        return lambda _: 0, "this task does not say what its activations take"
+    try:
+        hook(checkpointing)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return lambda _: 0, f"what activations take could not be found ({text})"
+    return hook, ""
 
 
 def _states(stage: int, world: int, numel: int, trained: int, micro_steps: int) -> dict[str, int]:

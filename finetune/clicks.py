@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from data_pipeline.rng import rng
 from finetune.batch import Batch, Windows
 from finetune.loss import mask_loss, true_iou
-from finetune.promptable import FIRST, LATER, PromptableModel
-from finetune.prompts import PromptList, collate_prompts
+from finetune.promptable import FIRST, LATER, Features, PromptableModel
+from finetune.prompts import PromptList, Prompts, collate_prompts
 from finetune.recipe import PromptTraining
 from finetune.simulate import correction_click, first_click, jittered_box
 
@@ -44,46 +44,47 @@ class ClickTraining(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         device = self.net.prompt.base.device
-        low, high = self.config.rounds
-        rounds = int(rng(self.seed, batch.update, "rounds").integers(low, high + 1))
+        rounds = self.rounds(batch.update)
         metrics: Metrics = {}
-        # A 0 that every parameter takes part in. It comes before the windows, so it is the last thing in the
-        # backward pass: gradients are then ready in one order on every rank, whatever its windows are, and
-        # ZeRO 2 reduces them in that order.
-        total = torch.zeros((), device=device)
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                total = total + parameter.flatten()[:0].sum()
+        total = self.nothing()
         for windows in batch.windows:
             total = total + self._clicks(windows.to(device), rounds, metrics)
         return total / self.samples_per_update, metrics
 
+    def nothing(self) -> Tensor:
+        """A 0 that every parameter takes part in.
+
+        It comes before the windows, so it is the last thing in the backward pass: gradients are then ready in
+        one order on every rank, whatever its windows are, and ZeRO 2 reduces them in that order.
+        """
+        total = torch.zeros((), device=self.net.prompt.base.device)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                total = total + parameter.flatten()[:0].sum()
+        return total
+
+    def rounds(self, update: int) -> int:
+        """Predictions per object in an update."""
+        low, high = self.config.rounds
+        return int(rng(self.seed, update, "rounds").integers(low, high + 1))
+
+    def people(self, windows: Windows) -> People:
+        """Who prompts."""
+        return People(self.config, self.seed, windows)
+
+    def features(self, windows: Windows) -> Features:
+        """The image half of the windows."""
+        return self.net.encode(windows.image, windows.spacing, windows.geometry, windows.axes, windows.valid)
+
     def _clicks(self, windows: Windows, rounds: int, metrics: Metrics) -> Tensor:
         """Summed loss of the windows' objects, averaged over rounds; adds to `metrics`."""
         device = windows.image.device
-        features = self.net.encode(
-            windows.image, windows.spacing, windows.geometry, windows.axes, windows.valid
-        )
-        rows = zip(
-            windows.index.tolist(),
-            windows.truth.cpu().numpy(),
-            windows.known.cpu().numpy(),
-            windows.spacing.tolist(),
-        )
-        users = [
-            SimulatedUser(self.config, rng(self.seed, index, "prompt"), truth, known, spacing)
-            if index >= 0
-            else Silent()
-            for index, truth, known, spacing in rows
-        ]
+        features = self.features(windows)
+        people = self.people(windows)
         previous: Tensor | None = None
         total = windows.weight.new_zeros(())
         for number in range(rounds):
-            masks = None if previous is None else (previous[:, 0] > 0).cpu().numpy()
-            for row, user in enumerate(users):
-                user.speak(None if masks is None else masks[row])
-            prompts = collate_prompts([user.said for user in users], windows.spacing.cpu()).to(device)
-            logits, iou = self.net.decode(features, prompts, previous)
+            logits, iou = self.net.decode(features, people.speak(previous).to(device), previous)
             part, other = (FIRST, LATER) if number == 0 else (LATER, FIRST)
             # Masks not asked for take part at weight zero: every parameter has a gradient in every call.
             idle = 0.0 * (logits[:, other].mean() + iou.mean())
@@ -112,6 +113,32 @@ class ClickTraining(nn.Module):
         rows = torch.arange(len(iou), device=iou.device)
         shown = iou.detach().argmax(dim=1)
         return each, logits.detach()[rows, shown][:, None], reached[rows, shown]
+
+
+class People:
+    """The simulated persons of a batch of windows, one an object."""
+
+    def __init__(self, config: PromptTraining, seed: int, windows: Windows) -> None:
+        self.spacing = windows.spacing.cpu()
+        rows = zip(
+            windows.index.tolist(),
+            windows.truth.cpu().numpy(),
+            windows.known.cpu().numpy(),
+            self.spacing.tolist(),
+        )
+        self._users = [
+            SimulatedUser(config, rng(seed, index, "prompt"), truth, known, spacing)
+            if index >= 0
+            else Silent()
+            for index, truth, known, spacing in rows
+        ]
+
+    def speak(self, previous: Tensor | None) -> Prompts:
+        """All that has been said, after each has answered the logits (B, 1, ...) shown; None for none yet."""
+        masks = None if previous is None else (previous[:, 0] > 0).cpu().numpy()
+        for row, user in enumerate(self._users):
+            user.speak(None if masks is None else masks[row])
+        return collate_prompts([user.said for user in self._users], self.spacing)
 
 
 class Silent:

@@ -218,6 +218,7 @@ class PromptableModel(nn.Module):
         geometry: str = "volume",
         axes: Sequence[int] = (0, 1, 2),
         valid: Tensor | None = None,
+        scales: tuple[Scale, ...] | None = None,
     ) -> Features:
         """The image half of a window.
 
@@ -227,11 +228,12 @@ class PromptableModel(nn.Module):
             geometry: which stem of the encoder reads it: volume, slab or planar.
             axes: patient axis (0 z, 1 y, 2 x) of each image axis.
             valid: (B, Z, Y, X) bool, False where the window reaches beyond the image; None for all True.
+            scales: where they are known; `window_scales` otherwise.
 
         Raises:
             ValueError: the rows do not share their strides; batch windows by `window_scales`.
         """
-        scales = window_scales(spacing, image.shape[2:])
+        scales = scales or window_scales(spacing, image.shape[2:])
         maps = self.trunk(channels_last(image), scales)
         if self.encoder is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):

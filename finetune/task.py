@@ -10,16 +10,18 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, nn
 
-from data_pipeline.geometry import TokenConfig
+from data_pipeline.geometry import PATCH, TokenConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.rng import rng
 from data_pipeline.stream import open_stream
 from data_pipeline.stream_log import StreamLog
+from engine.distributed import pick_device
 from engine.errors import UserError
 from engine.task import Writer
 from finetune.batch import Batch, Collate
 from finetune.clicks import ClickTraining
+from finetune.cost import Shape, largest_shape, micro_step_bytes
 from finetune.recipe import FinetuneRecipe
 from finetune.weights import build_model, export_model
 
@@ -83,9 +85,9 @@ class FinetuneTask:
             self.order, recipe.data.root, recipe.data.cache, max_damage=recipe.data.max_damage,
             updates=recipe.engine.updates,
         )  # fmt: skip
-        self.model: nn.Module = ClickTraining(
-            self.net, recipe.prompts, self.samples_per_update, recipe.engine.seed
-        )
+        self.training = ClickTraining(self.net, recipe.prompts, self.samples_per_update, recipe.engine.seed)
+        self.model: nn.Module = self.training
+        self._activation_bytes: dict[bool, int] = {}  # traced when first asked for
 
     def recipe(self) -> FinetuneRecipe:
         """The resolved recipe."""
@@ -99,6 +101,42 @@ class FinetuneTask:
         """One micro-step a group that a rank owns."""
         return -(-self._recipe.mixture.groups // world)
 
+    batch_fields = "head.window, mixture.rows_per_group or prompts.rounds"
+
+    def activation_bytes(self, checkpointing: bool) -> int:
+        """Most bytes of activations, and of gradients while they come, in a micro-step of a rank."""
+        again = checkpointing and self.net.encoder is not None and not self.net.frozen
+        if again not in self._activation_bytes:
+            engine = self._recipe.engine
+            self._activation_bytes[again] = micro_step_bytes(
+                self.training, self.largest_windows(), device=pick_device(engine),
+                precision=engine.precision, checkpointing=again,
+            )  # fmt: skip
+        return self._activation_bytes[again]
+
+    def largest_windows(self) -> list[Shape]:
+        """The windows of a group of the data that take most."""
+        head, rows = self._recipe.head, self.order.rows
+        geometry = self.manifest.column("geometry")[rows].astype(str)
+        axes = self.manifest.column("axes")[rows].astype(np.int64)
+        shape = np.take_along_axis(self.manifest.column("shape")[rows][:, 1:], axes, axis=1)
+        spacing = np.take_along_axis(self.manifest.column("spacing")[rows], axes, axis=1)
+        found = []
+        for spec in self.order.composition:
+            own = geometry == spec.geometry
+            patch = self._patches[spec.geometry]
+            found.append(
+                largest_shape(
+                    spec.crops, spec.geometry, shape[own], spacing[own], head.window, patch, head.widths
+                )
+            )
+        return found
+
+    @property
+    def _patches(self) -> Mapping[str, tuple[int, int, int]]:
+        """Token patch of each geometry; the encoder's, or the default."""
+        return PATCH if self.net.encoder is None else cast(Any, self.net.encoder).config.patch
+
     @property
     def tokens_per_update(self) -> int:
         """Tokens of the windows of an update over all ranks, each counted as a full `head.window`."""
@@ -110,7 +148,6 @@ class FinetuneTask:
 
     def batches(self, start_update: int, rank: int, world: int) -> Iterator[Batch]:
         """Endless batches from `start_update`."""
-        patches = None if self.net.encoder is None else cast(Any, self.net.encoder).config.patch
         collate = Collate(
             [spec.geometry for spec in self.order.composition],
             self._recipe.head.window,
@@ -118,7 +155,7 @@ class FinetuneTask:
             self._recipe.augment,
             self._recipe.prompts.minimum_voxels,
             self._recipe.engine.seed,
-            patches,
+            self._patches,
         )
         return self.data.follow(
             open_stream(

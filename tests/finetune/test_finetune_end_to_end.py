@@ -12,9 +12,13 @@ import torch
 from data_pipeline.build import build
 from data_pipeline.manifest import Manifest
 from data_pipeline.sources import SourceConfig
+from engine.distributed import World
 from engine.errors import UserError
+from engine.memory import Limit, advice, predict
 from engine.recipe import load_recipe
+from finetune.cost import Shape
 from finetune.evaluate import evaluate_clicks, seen_before
+from finetune.network import scales_for
 from finetune.recipe import FinetuneRecipe
 from finetune.session import PromptableSession
 from finetune.task import FinetuneTask, held_out_rows, training_rows
@@ -184,3 +188,18 @@ def test_the_shipped_recipe_is_valid():
         Path(__file__).parents[2] / "recipes" / "finetune-hippocampus.yaml", [], FinetuneRecipe
     )
     assert recipe.data.cases == 20
+
+
+def test_memory_is_predicted_with_activations_and_the_advice_names_recipe_fields(shards):
+    words = ["--data.root", str(shards), "--head.channels", "2", "--head.window", "16", "16", "30",
+             "--head.widths", "8", "8", "12", "16", "--head.heads", "2", "--head.layers", "1",
+             "--prompts.rounds", "1", "1", "--engine.device", "cpu"]  # fmt: skip
+    task = FinetuneTask(load_recipe(None, words, FinetuneRecipe))
+    assert task.largest_windows() == [Shape(1, "volume", (16, 16, 32), scales_for((1.0, 1.0, 1.0)))]
+    here = predict(task, task.recipe().engine, World(0, 1, 0, torch.device("cpu")))
+    # More than the feature maps of 8 channels at full size that stand when the loss is computed.
+    assert here.parts["activations"] > 10 * 4 * 8 * 16 * 16 * 32
+    assert "does not say" not in here.text()
+    short = here.parts["activations"] // 2
+    said = advice(here, Limit("x", here.total - short, here.total - short))
+    assert "a micro-step of 50 % of its size would fit: lower head.window, mixture.rows_per_group" in said

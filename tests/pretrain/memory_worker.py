@@ -9,17 +9,12 @@ import gc
 import json
 import os
 import sys
-import time
-import weakref
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import conftest as hand
-import torch
 from forked_ranks import fork_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live_bytes import LiveBytes
 
 from engine.distributed import import_deepspeed, join
 from engine.memory import predict
@@ -40,48 +35,6 @@ CASES = [
     # Last, as ZeRO 3 gives the whole process another `linear`, which keeps other copies of weights.
     *[("wide", 3, precision, False, 1) for precision in ("fp32", "bf16")],
 ]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operators have made and nothing has given back; a small and fast
-    `torch.distributed._tools.mem_tracker`.
-
-    A thread of Gloo may hold the tensor that it reduced for a moment longer than the caller; a peak after a
-    collective counts only if it lasts.
-
-    Attributes: `now`, `peak`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._reduced = False
-        self._seen: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if (size := storage.nbytes()) and storage._cdata not in self._seen:
-                    self._seen[storage._cdata] = weakref.ref(
-                        storage, partial(self._gone, storage._cdata, size)
-                    )
-                    self.now += size
-        if func.namespace == "c10d":
-            self._reduced = True
-        elif self.now > self.peak:
-            for _ in range(50 * self._reduced):
-                if self.now <= self.peak:
-                    break
-                time.sleep(0.002)
-            self._reduced = False
-            self.peak = max(self.peak, self.now)
-        return out
-
-    def _gone(self, key: int, size: int, _: object) -> None:
-        del self._seen[key]
-        self.now -= size
 
 
 class MaeTask:
