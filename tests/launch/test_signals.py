@@ -214,12 +214,12 @@ def test_a_signal_before_any_worker_was_started_has_a_verdict(
 
 @pytest.mark.parametrize(
     ("first", "then", "numbers"),
-    [("launcher", "every process", (TERM, USR1, TERM)), ("torchrun", "torchrun", (TERM,))],
+    [("launcher", "every process", (TERM, USR1, TERM)), ("torchrun", "torchrun", (TERM, TERM))],
 )
 def test_signals_that_come_while_the_first_is_answered_by_a_save_do_not_hurt(
     start: Callable[..., Started], first: str, then: str, numbers: tuple[signal.Signals, ...]
 ) -> None:
-    """torchrun by itself leaves at the second one, and with it the workers."""
+    """torchrun by itself leaves at the second one or the third, and with it the workers."""
     started = start()
     started.train()
     with started.held():
@@ -230,7 +230,7 @@ def test_signals_that_come_while_the_first_is_answered_by_a_save_do_not_hurt(
             for process in TARGETS[then](started):
                 process.send_signal(number)
                 wait_for(lambda p=process, n=number: not _pending(p.pid, n))
-        time.sleep(0.3)  # what a signal has done shows only later
+        time.sleep(1.5)  # what takes torchrun apart, if anything does, has got so far
     code, verdict = started.ends()
     assert (code, verdict["state"], verdict["kind"]) == (75, "preempted", "")
     assert (started.saves, started.saved) == (1, 1)
@@ -294,9 +294,10 @@ def _take_terminal() -> None:
 
 
 def _mask(pid: int, name: str) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1], 16)
+    with suppress(FileNotFoundError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1], 16)
     return 0
 
 
