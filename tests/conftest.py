@@ -13,11 +13,17 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 from data_pipeline import privacy
+
+# The same examples on every run, and no limit of time on one: a fault found by chance, or by a busy machine,
+# would be laid to the change under test. Loaded here, before any test is defined.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

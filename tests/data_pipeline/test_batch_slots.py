@@ -123,5 +123,5 @@ def test_no_handle_is_kept() -> None:
         batch = slots.unpack(slots.pack(2, batch_of(seed)))
         assert same(batch, batch_of(seed))
         del slots, batch
-        gc.collect()
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -284,14 +284,18 @@ def test_the_same_bytes_with_one_or_two_workers(
 
 
 def test_another_key_hides_behind_other_hashes(scans: Path, built: BuildReport, tmp_path: Path) -> None:
-    other = build(sources(scans)[:1], tmp_path / "o", progress=False)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "hash.key").write_bytes(b"another key" * 3)
+    other = build(sources(scans)[:1], tmp_path / "o", tmp_path / "p", progress=False)
     mine, theirs = Manifest.open(built.out), Manifest.open(other.out)
     assert not set(mine.column("key")) & set(theirs.column("key"))
     assert not set(mine.column("subject")) & set(theirs.column("subject"))
 
 
 def test_splits_do_not_depend_on_the_key(scans: Path, built: BuildReport, tmp_path: Path) -> None:
-    other = build(sources(scans)[1:2], tmp_path / "o", progress=False)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "hash.key").write_bytes(b"another key" * 3)
+    other = build(sources(scans)[1:2], tmp_path / "o", tmp_path / "p", progress=False)
     mine, theirs = Manifest.open(built.out), Manifest.open(other.out)
 
     def by_hash(manifest: Manifest) -> dict[str, str]:

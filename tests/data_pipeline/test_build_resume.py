@@ -88,30 +88,6 @@ def share_key(private: Path, other: Path) -> Path:
     return other
 
 
-@pytest.mark.slow
-def test_killed_again_and_again_and_still_the_same_bytes(scans: Path, tmp_path: Path) -> None:
-    """SIGKILL of the whole process group, ever later, until a start gets to its end."""
-    expected = tree(whole(scans, tmp_path / "a"))
-    private = share_key(tmp_path / "a-private", tmp_path / "b-private")
-    kills = 0
-    for patience in np.arange(2.5, 60.0, 2.0):
-        process = subprocess.Popen(
-            command(scans, tmp_path / "b", private, "--workers", "2"),
-            env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            assert process.wait(patience) == 0
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills >= 1
-    assert tree(tmp_path / "b") == expected
-    assert not (private / "work").exists()
-    assert verify(tmp_path / "b") == []
-
-
 def test_cut_off_at_every_step_of_completing(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,34 +138,80 @@ def test_cut_off_at_every_step_of_completing(
 KILLER = """
 import os, signal, sys
 def hook(event, args):
-    if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)) and "killer" in os.fspath(args[0]):
-        if os.environ.get("ONCE"):
+    if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+        name = os.path.basename(os.fsdecode(args[0]))
+        if name == os.environ.get("KILLS_ALL"):
+            os.killpg(0, signal.SIGKILL)
+        if name == os.environ.get("KILLS_ONCE"):
             try:
                 os.close(os.open(os.environ["ONCE"], os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 return
-        os.kill(os.getpid(), signal.SIGKILL)
+        if name in (os.environ.get("KILLS_ONCE"), os.environ.get("KILLS")):
+            os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
 """
 
 
+def deadly(folder: Path, **files: str) -> dict[str, str]:
+    """Environment in which whoever opens one of the files named is killed, as the system does for memory."""
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(KILLER)
+    return environment(PYTHONPATH=f"{folder / 'site'}:{REPO}", ONCE=str(folder / "once"), **files)
+
+
 @pytest.mark.slow
-def test_a_scan_that_kills_workers_is_quarantined_and_nothing_else(scans: Path, tmp_path: Path) -> None:
-    """The system kills whoever opens it, as it does for memory."""
-    write_scan(scans, 20)
-    shutil.move(scans / "mr" / "p20.nii.gz", scans / "mr" / "p20killer.nii.gz")
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(KILLER)
-    environ = environment(PYTHONPATH=f"{tmp_path / 'site'}:{REPO}")
+def test_killed_again_and_again_and_still_the_same_bytes(scans: Path, tmp_path: Path) -> None:
+    """SIGKILL of the whole process group by the worker that opens a scan; in the next start, of a later one."""
+    expected = tree(whole(scans, tmp_path / "a"))
+    private = share_key(tmp_path / "a-private", tmp_path / "b-private")
+    start = command(scans, tmp_path / "b", private, "--workers", "2")
+    before = -1
+    for name in ("p3_img.nii.gz", "p5.nii.gz"):
+        killed = subprocess.run(
+            start, env=deadly(tmp_path, KILLS_ALL=name), start_new_session=True, capture_output=True,
+            timeout=240,
+        )  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        done = len(list(private.glob("work/cases/*/*.json")))
+        assert before < done < 16
+        before = done
+    subprocess.run(start, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
+    assert tree(tmp_path / "b") == expected
+    assert not (private / "work").exists()
+    assert verify(tmp_path / "b") == []
+
+
+@pytest.mark.slow
+def test_scans_that_kill_workers(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that kills always is quarantined and nothing else; one that kills once costs nothing."""
+    from data_pipeline import sample
+
+    for n in (20, 21):
+        write_scan(scans, n)
+    read = sample.read_case
+
+    def failing(case: Case, source: SourceConfig, seed: int) -> list[Volume]:
+        if case.images[0].name == "p20.nii.gz":
+            raise MemoryError
+        return read(case, source, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "read_case", failing)
+        expected = tree(whole(scans, tmp_path / "a"))
+    private = share_key(tmp_path / "a-private", tmp_path / "p")
     done = subprocess.run(
-        command(scans, tmp_path / "o", tmp_path / "p", "--workers", "2"), env=environ, capture_output=True,
-        text=True, timeout=240,
+        command(scans, tmp_path / "o", private, "--workers", "2"),
+        env=deadly(tmp_path, KILLS="p20.nii.gz", KILLS_ONCE="p21.nii.gz"), capture_output=True, text=True,
+        timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "once").exists()
     info = json.loads((tmp_path / "o" / "dataset.json").read_text())
     assert info["counts"]["refused"] == {"unreadable": 1, "kills_workers": 1}
-    assert info["counts"]["samples"] == 7 + 1 + 7
-    assert "Traceback" not in done.stderr
+    assert info["counts"]["samples"] == 9 + 8
+    assert tree(tmp_path / "o") == expected
 
 
 @pytest.mark.parametrize(("fault", "code"), [(MemoryError, "kills_workers"), (RecursionError, "unforeseen")])
@@ -213,24 +235,6 @@ def test_a_scan_that_cannot_be_read_here(
     report = build(sources(scans), tmp_path / "a", progress=False)
     assert report.quarantined == {code: 1, "unreadable": 1}
     assert report.samples == 13  # another scan had too little memory once, beside the large one
-
-
-@pytest.mark.slow
-def test_a_worker_killed_once_costs_nothing(scans: Path, tmp_path: Path) -> None:
-    write_scan(scans, 20)
-    shutil.move(scans / "mr" / "p20.nii.gz", scans / "mr" / "p20killer.nii.gz")
-    expected = tree(whole(scans, tmp_path / "a"))
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(KILLER)
-    environ = environment(PYTHONPATH=f"{tmp_path / 'site'}:{REPO}", ONCE=str(tmp_path / "once"))
-    private = share_key(tmp_path / "a-private", tmp_path / "p")
-    done = subprocess.run(
-        command(scans, tmp_path / "o", private, "--workers", "2"), env=environ, capture_output=True,
-        text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "once").exists()
-    assert tree(tmp_path / "o") == expected
 
 
 def test_parts_and_merge_give_the_bytes_of_one_build(scans: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import secrets
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -17,6 +18,12 @@ from data_pipeline.build import build
 from data_pipeline.errors import REASONS, Quarantined, UserError
 from data_pipeline.privacy import KeyedHash, check_private
 from data_pipeline.sources import SourceConfig
+
+
+@pytest.fixture(autouse=True)
+def real_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process draws keys of its own here: forks that draw alike would agree without sharing a key."""
+    monkeypatch.setattr(privacy, "secrets", secrets)
 
 
 def test_the_hash_is_hmac_sha256_and_needs_the_key() -> None:

@@ -54,7 +54,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cached(root: Path, server: FaultyServer | Path, folder: Path, **more: Any) -> CachedFiles:
-    config = CacheConfig(folder=str(folder), **{"gb": 1.0, "patience_s": 2.0, "timeout_s": 1.0, **more})
+    config = CacheConfig(folder=str(folder), **{"gb": 1.0, "patience_s": 60.0, "timeout_s": 30.0, **more})
     address = server.url if isinstance(server, FaultyServer) else server
     files = open_files(address, Manifest.open(root), config, Meter())
     assert isinstance(files, CachedFiles)

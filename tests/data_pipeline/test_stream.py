@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,10 @@ def test_a_resume_continues_where_the_run_stood(root: Path, workers: int) -> Non
 
 
 def test_a_late_start_costs_nothing(root: Path) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     late = take(a_stream(root, start=10**9), 1)
     assert late[0]["place"] == (10**9, 0)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_the_training_process_keeps_its_random_state(root: Path) -> None:
@@ -331,11 +332,20 @@ def ended(thread: threading.Thread) -> bool:
     return not thread.is_alive()
 
 
+def descriptors() -> set[tuple[str, str]]:
+    """Number and file of every open descriptor. Those of earlier tests may close meanwhile."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of the listing
+            found.add((link.name, os.readlink(link)))
+    return found
+
+
 def test_a_cached_stream_in_this_process_leaves_nothing(root: Path, tmp_path: Path) -> None:
     """Closed in the middle of fetching ahead, and read from no more."""
     take(a_stream(root), 1)
     gc.collect()
-    before, threads = psutil.Process().num_fds(), threading.active_count()
+    before, threads = descriptors(), set(threading.enumerate())
     for _ in range(3):
         stream = a_stream(root, cache=CacheConfig(folder=str(tmp_path), gb=0.002))
         next(stream)
@@ -347,8 +357,8 @@ def test_a_cached_stream_in_this_process_leaves_nothing(root: Path, tmp_path: Pa
         assert not [t for t in threading.enumerate() if t.name == "medfm-fetch" and not ended(t)]
     del stream, held  # with its manifest
     gc.collect()
-    assert threading.active_count() == threads
-    assert psutil.Process().num_fds() == before
+    assert set(threading.enumerate()) <= threads
+    assert descriptors() <= before
 
 
 def test_memory_stays_flat(root: Path) -> None:
