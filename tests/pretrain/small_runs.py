@@ -63,6 +63,20 @@ def start(recipe_file: Path, run: Path, processes: int = 1, *fields: str) -> sub
     )  # fmt: skip
 
 
+def forked(*launches: tuple[int, int | None, list[list[str]]]) -> None:
+    """Launch after launch from one process, see `forked_runs.py`: ranks, the update before which they are
+    killed, and the command lines of the runs.
+    """
+    here = Path(__file__).parent
+    path = f"{here.parent / 'engine'}{os.pathsep}{REPOSITORY}"
+    done = subprocess.run(
+        [sys.executable, str(here / "forked_runs.py"), json.dumps(launches)],
+        cwd=REPOSITORY, env={**environment(), "PYTHONPATH": path}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:
     said, _ = process.communicate(timeout=300)
     assert process.returncode == code, said[-3000:]

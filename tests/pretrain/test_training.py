@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from small_runs import REPOSITORY, SMALL, environment
+from small_runs import REPOSITORY, SMALL, environment, forked
 
 from engine.errors import UserError
 from engine.recipe import load_recipe
@@ -93,29 +90,6 @@ def recipe(tmp_path: Path) -> Path:
 def task_of(recipe: Path, shards: Path, run: Path, *overrides: str) -> Any:
     words = ["--data.root", str(shards), "--engine.workers", "0", *overrides]
     return open_task(load_recipe(recipe, words, PretrainRecipe), run)
-
-
-def command(recipe: Path, shards: Path, run: Path, processes: int, *overrides: str) -> list[str]:
-    words = [str(recipe), "--data.root", str(shards), "--run", str(run), *overrides]
-    if processes == 1:
-        return [sys.executable, "-m", "pretrain", *words]
-    start = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        "-m",
-        "--",
-        "pretrain",
-    ]
-    return [sys.executable, "-m", *start, *words]
-
-
-def train(*args: Any, timeout: float = 300) -> None:
-    done = subprocess.run(
-        command(*args), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -289,60 +263,51 @@ def test_arguments() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(shards: Path, built_once: Any) -> Path:
-    """Uninterrupted runs on one process and on two, in folders `1` and `2`."""
+def runs(shards: Path, built_once: Any) -> Path:
+    """Uninterrupted runs on one process and on two, in folders `1` and `2`, and in `killed` one on two that
+    was killed before its seventh update and started again.
+    """
 
-    def both(folder: Path) -> None:
+    def train(folder: Path) -> None:
         (folder / "recipe.yaml").write_text(RECIPE)
-        for processes in (1, 2):
-            train(folder / "recipe.yaml", shards, folder / str(processes), processes)
+        words = ["--data.root", str(shards), "--evaluation.pictures", "0", "--engine.trackers", "[]"]
+        one, two, killed = (
+            [[str(folder / "recipe.yaml"), "--run", str(folder / name), *words]]
+            for name in ("1", "2", "killed")
+        )
+        forked((1, None, one), (2, None, two), (2, 6, killed), (2, None, killed))
 
-    folder: Path = built_once("whole", both)
+    folder: Path = built_once("whole", train)
     return folder
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(whole: Path) -> None:
-    one, two = losses(whole / "1"), losses(whole / "2")
+def test_two_processes_train_like_one(runs: Path) -> None:
+    one, two = losses(runs / "1"), losses(runs / "2")
     assert one.keys() == two.keys() == set(range(1, 13))
     assert [two[u] for u in sorted(two)] == pytest.approx([one[u] for u in sorted(one)], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_killed_run_started_again_gives_the_same_bits(
-    recipe: Path, shards: Path, whole: Path, tmp_path: Path
-) -> None:
-    killed, processes = tmp_path / "killed", 2
-    child = subprocess.Popen(
-        command(recipe, shards, killed, processes), cwd=REPOSITORY, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not (killed / "metrics.jsonl").exists() or max(losses(killed), default=0) < 6:
-        assert child.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    family = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
-    for process in family:
-        if process.is_running():
-            process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=30)
-    child.wait(timeout=30)
-    assert max(losses(killed)) < 12, "the kill came too late to mean anything"
-    train(recipe, shards, killed, processes)
-    before, after = weights(whole / str(processes)), weights(killed)
+def test_a_killed_run_started_again_gives_the_same_bits(runs: Path) -> None:
+    log = runs / "killed" / "logs" / "rank-000.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [one["update"] for one in events if one["event"] == "start"] == [0, 4]
+    before, after = weights(runs / "2"), weights(runs / "killed")
     assert before.keys() == after.keys()
-    assert len(before) == processes + 1  # each rank's slices, and the encoder for use
+    assert len(before) == 2 + 1  # each rank's slices, and the encoder for use
     assert all(before[name] == after[name] for name in before)
 
 
 STEMS = '''
 import sys
 from pathlib import Path
-sys.path[:0] = [{repository!r}, {tests!r}]
+sys.path[:0] = [{repository!r}, {tests!r}, {engine!r}]
 import torch
 from itertools import repeat
 import conftest
+from forked_ranks import fork_ranks
+from engine.distributed import import_deepspeed
 from engine.recipe import EngineConfig
 from engine.train import train
 from pretrain.recipe import PretrainRecipe
@@ -365,22 +330,30 @@ class Task:
     def export(self, state, folder): pass
     def optimizer_groups(self): return [{{"params": list(self.model.parameters())}}]
 
-for stage in range(4):
-    config = EngineConfig(
-        updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=stage, threads=1, log_every=1
-    )
-    train(Task(), config, Path(sys.argv[1]) / f"zero-{{stage}}")
+def body():
+    for stage in range(4):
+        config = EngineConfig(
+            updates=8, lr=3e-3, warmup=0, precision="fp32", zero_stage=stage, threads=1, log_every=1
+        )
+        train(Task(), config, Path(sys.argv[1]) / f"zero-{{stage}}")
+    return 0
+
+import_deepspeed()
+sys.exit(fork_ranks(2, body))
 '''
 
 
 @pytest.mark.slow
 def test_ranks_that_see_different_stems_train_alike_at_every_zero_stage(tmp_path: Path) -> None:
     script = tmp_path / "different_stems.py"
-    script.write_text(STEMS.format(repository=str(REPOSITORY), tests=str(Path(__file__).parent)))
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    done = subprocess.run(
-        [*start, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=400
+    here = Path(__file__).parent
+    script.write_text(
+        STEMS.format(repository=str(REPOSITORY), tests=str(here), engine=str(here.parent / "engine"))
     )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = [[x for _, x in sorted(losses(tmp_path / f"zero-{stage}").items())] for stage in range(4)]
     assert found[0][-1] < found[0][0]
