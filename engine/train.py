@@ -18,6 +18,7 @@ from engine.loop import Loop
 from engine.optimizer import switch_on_checkpointing, wrap
 from engine.progress import find_start, load_frozen
 from engine.recipe import EngineConfig, save_recipe
+from engine.room import check_room
 from engine.signals import StopRequest
 from engine.task import DataLog, Task
 from engine.verdict import (
@@ -131,9 +132,16 @@ def _tell(run: Path, world: World, verdict: Verdict) -> Verdict:
 
 
 def _open_run(run: Path, world: World) -> int:
-    """Take the next attempt number and clear half-written checkpoints."""
+    """Take the next attempt number and clear half-written checkpoints.
+
+    Raises UserError where the run folder takes nothing.
+    """
     if world.rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            check_room(run)
+        except UserError:
+            checkpoint.tidy(run)  # it may be full of half-written checkpoints
+            check_room(run)
         attempt = last_attempt(run) + 1
         write_text(run / "attempt", f"{attempt}\n")
         checkpoint.tidy(run)

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.memory import Prediction, explain
+from engine.room import check_room, has_half_written
 from engine.verdict import USER_ERROR, Verdict, read_attempt, write_verdict
 from launch.meeting import Guest, Lost, Meeting, interface
 from launch.plan import Place, Plan, plan_run
@@ -89,7 +90,7 @@ def launch(plan: Plan) -> Verdict:
     """Launch a plan, again and again as its policy says; returns the last verdict.
 
     Raises:
-        UserError: the run folder cannot be made, or the rendezvous cannot be used.
+        UserError: the run folder cannot be made, its disk is full, or the rendezvous cannot be used.
     """
     try:
         plan.run.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,8 @@ def launch(plan: Plan) -> Verdict:
         raise UserError(f"--run {plan.run}: this folder cannot be made ({error.strerror})") from None
     if not os.access(plan.run, os.W_OK | os.X_OK):
         raise UserError(f"--run {plan.run}: not writable; see who owns it and how its disk is mounted")
+    if not has_half_written(plan.run):  # else the workers clear these away before they look
+        check_room(plan.run)
     with Heard() as heard:
         try:
             if plan.node_rank == 0:
