@@ -72,14 +72,24 @@ class World:
 
 
 def pick_device(config: EngineConfig) -> torch.device:
-    """The device of this process: its own GPU, or the CPU."""
+    """The device of this process: its own GPU, or the CPU.
+
+    Raises UserError where CUDA is asked for and not there, and where this host has fewer GPUs than processes.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "engine.device: cuda was asked for, but this machine shows no CUDA device; use auto or cpu"
         )
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= gpus:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
+        raise UserError(
+            f"{here} processes on this host with {gpus} GPU{'s' * (gpus > 1)}, and each needs its own: "
+            f"start it with --processes {gpus}, or set engine.device cpu"
+        )
+    return torch.device("cuda", place)
 
 
 def join(config: EngineConfig) -> World:

@@ -62,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--short", action="store_true", help="under two minutes: proves that it runs, not that it learns"
     )
-    p.add_argument("--processes", type=int, default=2, metavar="N", help="pretraining processes; default 2")
+    p.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="pretraining processes; default 2, or 1 where there is one GPU",
+    )
     p.add_argument("--modality", choices=MODALITIES, help="with --data: of images that do not say")
     p.add_argument(
         "--burned-in", choices=["accept", "quarantine"], help="with --data: radiographs that may hold text"

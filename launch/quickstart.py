@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from launch.commands import gpus
 from launch.stages import CommandFailed, Stages
 
 CLICKS = (1, 3, 5)
@@ -56,11 +57,13 @@ SHORT = Size(
 )  # fmt: skip
 
 
-def quickstart(out: str, *, data: str | None = None, short: bool = False, processes: int = 2,
+def quickstart(out: str, *, data: str | None = None, short: bool = False, processes: int | None = None,
                fields: tuple[str, ...] = ()) -> int:  # fmt: skip
     """Run everything under `out`; returns the exit code. `fields` are source fields for the build of
-    `data`.
+    `data`. `processes` pretrain: 2 where it is None, or 1 where there is one GPU, which they could not share.
     """
+    if processes is None:
+        processes = min(2, gpus() or 2)
     if processes < 1:
         raise UserError(f"--processes {processes}: at least 1")
     if fields and data is None:

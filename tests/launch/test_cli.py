@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -276,6 +276,25 @@ def test_quickstart_touches_no_folder_of_others(medfm: Medfm, tmp_path: Path) ->
     (tmp_path / "thesis.txt").write_text("mine")
     assert_one_line(medfm("quickstart", "--out", str(tmp_path)), "not empty")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("gpus", "words", "expected"), [(0, (), 2), (1, (), 1), (8, (), 2), (8, ("3",), 3)])
+def test_quickstart_pretrains_with_one_process_where_there_is_one_gpu(
+    medfm: Medfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, words: tuple[str], expected: int
+) -> None:
+    """Two processes cannot share a GPU."""
+    asked: list[int] = []
+
+    def job(out: Path, stages: Any, size: Any, data: Any, processes: int, fields: Any) -> dict[str, Any]:
+        asked.append(processes)
+        raise UserError("enough")
+
+    monkeypatch.setattr("launch.quickstart.gpus", lambda: gpus)
+    monkeypatch.setattr("launch.quickstart._job", job)
+    assert_one_line(
+        medfm("quickstart", "--out", str(tmp_path / "q"), *(f"--processes={w}" for w in words)), "enough"
+    )
+    assert asked == [expected]
 
 
 def test_quickstart_clears_its_own_folder_and_only_that(tmp_path: Path) -> None:
