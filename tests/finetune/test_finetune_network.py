@@ -39,6 +39,7 @@ def test_a_flat_axis_is_never_strided_nor_convolved():
         assert scale.stride[0] == scale.kernel[0] == 1
 
 
+@settings(deadline=None)
 @given(st.tuples(*[st.floats(0.2, 12.0)] * 3), st.sampled_from([(8, 8, 8), (2, 16, 16)]))
 def test_strides_even_out_the_spacing_and_meet_the_tokens(spacing, patch):
     scales = scales_for(spacing)

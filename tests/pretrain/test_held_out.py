@@ -13,13 +13,12 @@ import pytest
 import torch
 from small_runs import (
     REPOSITORY,
-    ended,
+    forked,
     in_loop,
     network_of,
     quality_of,
     recipe_with,
     rows_of,
-    start,
     weights,
 )
 
@@ -220,17 +219,15 @@ def test_a_run_holds_an_evaluation_against_those_before(
 
 
 @pytest.mark.slow
-def test_evaluation_changes_no_bit_of_training_on_two_processes(
-    recipe_file: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_evaluation_changes_no_bit_of_training_on_two_processes(recipe_file: Path, tmp_path: Path) -> None:
     """With held-out figures and probes on and off; the figures of two ranks are those of one process.
 
     But for the last digits of float32: where DeepSpeed lays weights end to end, a product of one row adds up
     in another order than with the same weights at an aligned address, so now and then a neighbour changes.
     """
-    ended(start(recipe_file, tmp_path / "on", 2))
-    off_fields = ("--data.held-out=none", "--probes.data=''", "--engine.evaluate-every=0")
-    ended(start(recipe_file, tmp_path / "off", 2, *off_fields))
+    on_words, off_words = ([str(recipe_file), "--run", str(tmp_path / name)] for name in ("on", "off"))
+    off_words += ["--data.held-out=none", "--probes.data=''", "--engine.evaluate-every=0"]
+    forked((2, None, [on_words, off_words]))
     on, off = weights(tmp_path / "on"), weights(tmp_path / "off")
     assert len(on) == 3
     assert on == off

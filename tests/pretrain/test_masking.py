@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.rng import rng
@@ -24,6 +24,7 @@ shares = st.sampled_from([0.05, 0.25, 1 / 3, 0.5, 1.0])
 grids = st.tuples(*[st.integers(1, 7)] * 3)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000), ratios, shares)
 def test_counts_add_up_and_grow_slowly(n: int, ratio: float, share: float) -> None:
     hidden, seen, asked = masked_count(n, ratio), visible_count(n, ratio), predicted_count(n, ratio, share)
@@ -37,6 +38,7 @@ def test_counts_add_up_and_grow_slowly(n: int, ratio: float, share: float) -> No
     assert 0 <= predicted_count(n + 1, ratio, share) - asked <= 1
 
 
+@settings(deadline=None)
 @given(grids, st.integers(0, 20), ratios, ratios, shares, st.booleans(), st.integers(0, 10**6), st.data())
 def test_masks_split_the_valid_tokens_and_fit_their_places(
     grid: tuple[int, int, int], spare: int, one: float, other: float, share: float, blocks: bool, index: int,
@@ -95,6 +97,7 @@ def test_ranged_ratios_are_uniform_and_keyed_by_crop() -> None:
     assert drawn[5] != draw_ratio(1, 5, objective)
 
 
+@settings(deadline=None)
 @given(grids, st.integers(0, 10))
 def test_block_orders_are_permutations(grid: tuple[int, int, int], seed: int) -> None:
     order = block_order(np.random.default_rng(seed), grid, (2, 2, 2))
