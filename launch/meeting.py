@@ -15,10 +15,12 @@ Messages are lines of JSON: join, start, alive, ended, over.
 from __future__ import annotations
 
 import json
+import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -330,8 +332,11 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _free_port(address: str) -> int:
-    with socket.create_server((address, 0), family=_family(address)) as server:
-        return int(server.getsockname()[1])
+    """Below the ports that kernels give to connections: none takes it in the seconds until torchrun does."""
+    for port in (*random.SystemRandom().sample(range(20_000, 32_000), 100), 0):
+        with suppress(OSError), socket.create_server((address, port), family=_family(address)) as server:
+            return int(server.getsockname()[1])
+    raise Lost(f"no port is free at {address}")
 
 
 def _say(text: str) -> None:

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from engine.signals import StopRequest
@@ -46,9 +47,10 @@ def meet(run: Path, attempt: int, where: str) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process lives; a zombie does not."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    """Whether a process lives; a zombie does not: when it goes depends on the system's first process."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def save(run: Path, update: int, seconds: float, attempt: int) -> None:
@@ -77,7 +79,7 @@ def fail(kind: str, update: int) -> None:
 
 
 def train(run: Path, given: argparse.Namespace) -> Verdict:
-    """Updates of 20 ms until the end or a signal."""
+    """Updates of 20 ms until the end or a signal; the end waits until there is no file `on`."""
     time.sleep(given.start)  # imports
     newest = max((int(p.name[7:]) for p in (run / "checkpoints").glob("update-*")), default=0)
     with StopRequest() as stop:
@@ -93,7 +95,7 @@ def train(run: Path, given: argparse.Namespace) -> Verdict:
                 fork_loader(run)
             meet(run, attempt, "training")
             update = newest
-            while update < given.updates and not (run / "stop").exists():
+            while (update < given.updates or (run / "on").exists()) and not (run / "stop").exists():
                 time.sleep(0.02)
                 update += 1
                 watchdog.beat(update)

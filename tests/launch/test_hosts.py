@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from stand_in import alive
 
 from engine.errors import UserError
 from launch.meeting import Guest, Meeting, interface
@@ -25,8 +28,11 @@ ENV = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """Below the ports that the kernel gives to connections, so that none takes it."""
+    for port in random.SystemRandom().sample(range(12_000, 20_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no free port")
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 120) -> Any:
@@ -48,10 +54,12 @@ class Hosts:
 
     def __init__(self, run: Path) -> None:
         self.run, self.port = run, free_port()
+        self.on = run / "on"  # training has no end while it exists
+        run.mkdir()
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, node_rank: int, min_nodes: int = 0, *words: str) -> subprocess.Popen[bytes]:
-        overrides = ["--updates", "150", "--engine.min_nodes", str(min_nodes), *words]
+        overrides = ["--engine.min_nodes", str(min_nodes), *words]
         code = f"""
 import sys
 from dataclasses import replace
@@ -59,7 +67,7 @@ from launch.local import launch
 from launch.plan import plan_run
 plan = plan_run("stand_in", None, {overrides!r}, 1, run={str(self.run)!r}, nodes=2, node_rank={node_rank},
                 rendezvous="localhost:{self.port}")
-sys.exit(launch(replace(plan, lost_seconds=4, go_on_seconds=1)).exit_code)
+sys.exit(launch(replace(plan, go_on_seconds=2)).exit_code)
 """
         self.started.append(subprocess.Popen([sys.executable, "-c", code], env=ENV))
         return self.started[-1]
@@ -83,13 +91,17 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 @pytest.mark.slow
 def test_two_hosts_train_one_run_and_a_killed_one_comes_back(hosts: Hosts) -> None:
+    hosts.on.touch()
     first, second = hosts.start(0), hosts.start(1)
     hosts.training(1)
     second.kill()
+    hosts.on.unlink()
     wait_for(lambda: rows(hosts.run, "end"))
+    hosts.on.touch()
     second = hosts.start(1)
     hosts.training(2)
     first.kill()  # and with it the rendezvous
+    hosts.on.unlink()
     first = hosts.start(0)
     assert first.wait(timeout=120) == second.wait(timeout=120) == 0
     ends = rows(hosts.run, "end")
@@ -101,17 +113,22 @@ def test_two_hosts_train_one_run_and_a_killed_one_comes_back(hosts: Hosts) -> No
 
 @pytest.mark.slow
 def test_a_surviving_host_goes_on_alone_where_the_recipe_allows_it(hosts: Hosts) -> None:
-    first, second = hosts.start(0, 1), hosts.start(1, 1)
+    hosts.on.touch()
+    second = hosts.start(1, 1)
+    time.sleep(0.5)  # it looks for host 0 by then, or almost: that one does not wait for long
+    first = hosts.start(0, 1)
     hosts.training(1)
     family = psutil.Process(second.pid).children(recursive=True)
     second.kill()
+    hosts.on.unlink()
     assert first.wait(timeout=120) == 0
     assert next(start["nodes"] for start in rows(hosts.run, "launch")) == 2
     assert [start["nodes"] for start in rows(hosts.run, "launch")][-1] == 1
-    assert not psutil.wait_procs(family, timeout=20)[1]
+    wait_for(lambda: not any(alive(process.pid) for process in family), seconds=20)
 
 
 def test_a_signal_to_one_launcher_ends_the_run_on_both_hosts(hosts: Hosts) -> None:
+    hosts.on.touch()
     first, second = hosts.start(0), hosts.start(1)
     hosts.training(1)
     second.send_signal(signal.SIGUSR1)

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from stand_in import alive
 
 from launch import local
 
@@ -34,13 +35,6 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
         assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
     return found
-
-
-def lives(process: psutil.Process) -> bool:
-    """A zombie does not; when it goes depends on the system's first process."""
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 class Started:
@@ -118,7 +112,7 @@ class Started:
         """Wait for the end: exit code and verdict; nothing is left alive."""
         self.family()
         code = self.process.wait(timeout=60)
-        wait_for(lambda: not any(map(lives, self.seen)), seconds=20)
+        wait_for(lambda: not any(alive(process.pid) for process in self.seen), seconds=20)
         return code, json.loads((self.run / "verdict.json").read_text())
 
     @property
@@ -252,7 +246,7 @@ def test_nothing_outlives_a_killed_launcher_or_torchrun(
         assert (code, verdict["state"]) == (0, "finished")
     else:
         started.process.wait()
-    wait_for(lambda: not any(map(lives, family)), seconds=20)
+    wait_for(lambda: not any(alive(process.pid) for process in family), seconds=20)
 
 
 @pytest.mark.parametrize("presses", [1, 2])

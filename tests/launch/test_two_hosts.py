@@ -19,19 +19,16 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from stand_in import alive
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 HERE = Path(__file__).parents[1] / "engine"
 ENV = {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
-UPDATES = 60
+UPDATES = 45
 WORDS = [
     "--engine.updates", str(UPDATES), "--engine.checkpoint_every", "5", "--engine.lr", "0.01",
     "--engine.device", "cpu", "--engine.hang_minutes", "3", "--engine.log_every", "5",
 ]  # fmt: skip
-ALONE = (
-    "import sys; from launch.local import run_local; "
-    "sys.exit(run_local('toy_worker', None, sys.argv[2:], 2, run=sys.argv[1]))"
-)
 ADDRESSES = ("10.203.77.1", "10.203.77.2")
 
 
@@ -75,19 +72,21 @@ class Hosts:
         code = f"""
 import sys
 from dataclasses import replace
-from launch.local import launch
+from launch import local
 from launch.plan import plan_run
+local.FAILED_SECONDS = 6.0
 plan = plan_run("toy_worker", None, {words!r}, 1, run={str(run)!r}, nodes=2, node_rank={node_rank},
                 rendezvous="{ADDRESSES[0]}:29400")
-sys.exit(launch(replace(plan, lost_seconds=6)).exit_code)
+sys.exit(local.launch(replace(plan, lost_seconds=6)).exit_code)
 """
         command = ["ip", "netns", "exec", self.names[node_rank], sys.executable, "-c", code]
         self.started.append(subprocess.Popen(command, env={**os.environ, **ENV}))
         return self.started[-1]
 
     def start_alone(self, run: Path) -> subprocess.Popen[bytes]:
-        """The same run on two ranks of one host, whose network stays as it is."""
-        command = [sys.executable, "-c", ALONE, str(run), *WORDS]
+        """The same run on two ranks of one host, whose network stays as it is, without a launcher."""
+        launches = json.dumps([[2, [["--run", str(run), *WORDS]]]])
+        command = [sys.executable, str(HERE / "forked_ranks.py"), launches]
         self.started.append(subprocess.Popen(command, env={**os.environ, **ENV}))
         return self.started[-1]
 
@@ -138,11 +137,11 @@ def test_a_cut_link_and_a_killed_host_change_no_bit(hosts: Hosts, tmp_path: Path
     reached = saved(run)
     hosts.link("up")
     wait_for(lambda: saved(run) >= reached + 10)
-    family = [second.pid, *(p.pid for p in psutil.Process(second.pid).children(recursive=True))]
+    family = psutil.Process(second.pid).children(recursive=True)
     second.kill()
     second.wait()
     wait_for(lambda: len(rows(run, "end")) == 2)
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in family))
+    wait_for(lambda: not any(alive(process.pid) for process in family))
     second = hosts.start(1, run)
     assert first.wait(timeout=300) == second.wait(timeout=300) == 0
     assert [end["verdict"]["state"] for end in rows(run, "end")] == ["failed", "failed", "finished"]
