@@ -65,8 +65,10 @@ class Snapshot:
         if not self._edges:
             return 0.0
         began, ended = self._edges
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1000.0
+        # A thread begins at GPU 0, where the first call would open a context of half a GiB for every rank.
+        with torch.cuda.device(self.device):
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1000.0
 
 
 def _sources(partition: Partition, whole: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,32 @@ def test_a_gpu_is_copied_in_its_own_time() -> None:
     part.train()
     assert snapshot.wait() > 0
     assert torch.equal(snapshot.tensors["wide|exp_avg"], torch.arange(1 << 22).float() + 0.25)
+
+
+def test_the_thread_that_waits_for_a_copy_works_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread starts at GPU 0; what it asks there opens a context beside that of rank 0."""
+    done: list[str] = []
+
+    class Edge:
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, other: Edge) -> float:
+            done.append("time")
+            return 1500.0
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        done.append(f"on {device}")
+        yield
+        done.append("off")
+
+    part: Any = Part()
+    snapshot = Snapshot(part, {}, torch.device("cpu"))
+    snapshot.device, snapshot._edges = torch.device("cuda", 3), [Edge(), Edge()]  # type: ignore[list-item]
+    monkeypatch.setattr(torch.cuda, "device", on)
+    assert snapshot.wait() == 1.5
+    assert done == ["on cuda:3", "wait", "time", "off"]
 
 
 def pair(run: Path, **options: Any) -> list[Saver]:
