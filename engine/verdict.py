@@ -143,6 +143,10 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",  # PyTorch's allocator of host memory
     "Cannot allocate memory",  # the system's ENOMEM
     "std::bad_alloc",
-    "CUDA out of memory",
+    "CUDA out of memory",  # PyTorch's allocator of device memory
+    "error: out of memory",  # the CUDA runtime's or driver's own: a context, pinned memory
+    "'out of memory'",  # NCCL: Cuda failure 2 'out of memory'
+    "Failed to CUDA",  # NCCL: malloc, calloc, host alloc
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
 )
