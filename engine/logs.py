@@ -61,6 +61,7 @@ class Logs:
         config: total of updates and trackers.
         attempt: number of the launch.
         start: update it begins at; figures of later ones are of launches that got further without saving.
+        rollbacks: how often the run has gone back before.
         recipe: shown by trackers.
 
     Attributes:
@@ -78,6 +79,7 @@ class Logs:
         *,
         attempt: int = 0,
         start: int = 0,
+        rollbacks: int = 0,
         recipe: BaseModel | None = None,
     ) -> None:
         check_installed(config.trackers)
@@ -95,7 +97,7 @@ class Logs:
             fields = recipe.model_dump(mode="json") if recipe is not None else {}
             self._first = _First(run, config, start, fields, self._tell)
             self.writer = self._first.trackers
-            self.back_to(start)
+            self.back_to(start, rollbacks=rollbacks)
 
     def __enter__(self) -> Logs:
         for thread in self._threads():
@@ -171,12 +173,16 @@ class Logs:
         if self._first is not None:
             self._first.records.put((name, _line({"time": round(time.time(), 3), **row})))
 
-    def back_to(self, update: int) -> None:
-        """The run goes on from here: figures of later updates are forgotten, since they are made again."""
+    def back_to(self, update: int, undone: int = 0, rollbacks: int = 0) -> None:
+        """The run goes on from here: figures of later updates are forgotten, since they are made again.
+
+        undone: the last update that a rollback undid, of `rollbacks` so far; 0 where a launch repeats updates
+        of the one before. Trackers that cannot forget tell later figures from undone ones by these.
+        """
         self.update = update
         if self._first is not None:
             self._first.metrics.put(update)
-            self._first.trackers.back_to(update)
+            self._first.trackers.back_to(update, undone, rollbacks)
 
     def flush(self, seconds: float) -> bool:
         """Wait, at most so long, until what was logged is on disk; says whether it is."""

@@ -167,7 +167,7 @@ class Loop:
         self.partition.load(found)
         progress.go_back(Progress.read(found.state))
         self.stand_at(found, "bad")
-        self.logs.back_to(progress.update)
+        self.logs.back_to(progress.update, undone=at, rollbacks=progress.rollbacks)
         self.logs.event("rollback", update=at, to=progress.update, position=progress.position, reason=reason)
         self.logs.say(
             f"{reason}: back from update {at} to {progress.update}, and on with the data from position "

@@ -31,6 +31,7 @@ from engine.verdict import write_text
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 PICTURES = "pictures"
+ROLLBACK = "rollback/attempt"  # how often the run had gone back when a point was made
 MOST_WAITING = 64 << 20  # bytes of figures and pictures kept for a tracker that does not take them
 CLOSE_SECONDS = {
     "tensorboard": 5.0,
@@ -42,11 +43,12 @@ CLOSE_SECONDS = {
 
 @dataclass(frozen=True)
 class Scalars:
-    """Figures of one update, taken at `time` (seconds since 1970)."""
+    """Figures of one update, taken at `time` (seconds since 1970) after so many rollbacks."""
 
     values: Mapping[str, float]
     update: int
     time: float
+    rollbacks: int = 0
 
     @property
     def size(self) -> int:
@@ -71,10 +73,18 @@ class Image:
 
 @dataclass(frozen=True)
 class Back:
-    """The run went back: whatever was logged after `update` is void."""
+    """The run went back: whatever was logged after `update` is void.
+
+    Attributes:
+        undone: the last of the updates that a rollback undid; 0 at the start of a launch, which only repeats
+            updates.
+        rollbacks: how many there have been, this one included.
+    """
 
     update: int
     time: float
+    undone: int = 0
+    rollbacks: int = 0
     size: int = 100
 
 
@@ -119,6 +129,7 @@ class Trackers:
             "mlflow": lambda: MLflow(run, project, recipe),
             PICTURES: lambda: PictureFiles(run / PICTURES),
         }
+        self._rollbacks = 0
         self.threads: dict[str, Background[Entry]] = {}
         self._deliveries = {name: _Delivery(makers[name]) for name in (*names, PICTURES)}
         for name, deliver in self._deliveries.items():
@@ -128,15 +139,16 @@ class Trackers:
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
         """Figures of one update."""
-        self._put(Scalars({tag(name): float(value) for name, value in values.items()}, update, time.time()))
+        self._put_scalars({tag(name): float(value) for name, value in values.items()}, update)
 
-    def back_to(self, update: int) -> None:
-        """What was logged after `update` is void."""
-        self._put(Back(update, time.time()))
+    def back_to(self, update: int, undone: int = 0, rollbacks: int = 0) -> None:
+        """What was logged after `update` is void (see `Back`)."""
+        self._rollbacks = rollbacks
+        self._put(Back(update, time.time(), undone, rollbacks))
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """One figure, under the very name."""
-        self._put(Scalars({tag: float(scalar_value)}, global_step, time.time()))
+        self._put_scalars({tag: float(scalar_value)}, global_step)
 
     def add_image(self, tag: str, img_tensor: Any, global_step: int, *, dataformats: str = "CHW") -> None:
         """A picture of 1 or 3 channels, float from 0 to 1 or uint8, axes as `dataformats` says (CHW, HWC or
@@ -162,6 +174,9 @@ class Trackers:
             thread.close(0.0)  # all begin to end
         return [name for name, thread in self.threads.items() if not thread.close(CLOSE_SECONDS[name])]
 
+    def _put_scalars(self, values: Mapping[str, float], update: int) -> None:
+        self._put(Scalars(values, update, time.time(), self._rollbacks))
+
     def _put(self, entry: Entry) -> None:
         for thread in self.threads.values():
             thread.put(entry)
@@ -174,6 +189,19 @@ def check_installed(names: Sequence[str]) -> None:
             raise UserError(
                 f"engine.trackers: {name} is not installed; pip install 'medfm[{name}]', or leave it out"
             )
+
+
+def marked(entry: Scalars | Back) -> dict[str, float]:
+    """Figures for a tracker that can neither drop nor overwrite points: those after a rollback, and the
+    rollback itself, say after how many they come.
+    """
+    values = dict(entry.values) if isinstance(entry, Scalars) else {}
+    return values | ({ROLLBACK: float(entry.rollbacks)} if entry.rollbacks else {})
+
+
+def undone_updates(back: Back) -> str:
+    """What a rollback made void, for people."""
+    return f"updates {back.update + 1} to {back.undone} were undone"
 
 
 def tag(name: str) -> str:
@@ -273,7 +301,11 @@ class PictureFiles:
 
 class WeightsAndBiases:
     """A run of W&B, the same over all launches (its id stands in RUN/wandb-id). WANDB_MODE=offline keeps it
-    in RUN/wandb until `wandb sync`."""
+    in RUN/wandb until `wandb sync`.
+
+    W&B can rewind a run on some servers only, and neither offline nor by a step of one's own: points that a
+    rollback undid stay, and those made after it bear `rollback/attempt`.
+    """
 
     def __init__(self, run: Path, project: str, recipe: Mapping[str, Any]) -> None:
         import wandb
@@ -300,10 +332,14 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="update")
 
     def take(self, entry: Entry) -> None:
-        if isinstance(entry, Scalars):
-            self._run.log({**entry.values, "update": entry.update})
-        elif isinstance(entry, Image):
+        if isinstance(entry, Image):
             self._run.log({entry.tag: self._image(entry.pixels), "update": entry.update})
+            return
+        if isinstance(entry, Back):
+            if not entry.undone:
+                return
+            self._run.summary[f"rollback/{entry.rollbacks}"] = undone_updates(entry)
+        self._run.log({**marked(entry), "update": entry.update})
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -311,7 +347,11 @@ class WeightsAndBiases:
 
 class MLflow:
     """A run of MLflow, the same over all launches (its id stands in RUN/mlflow-id), on the server that
-    MLFLOW_TRACKING_URI names, or in RUN/mlruns."""
+    MLFLOW_TRACKING_URI names, or in RUN/mlruns.
+
+    MLflow deletes no points and takes several of one step: points that a rollback undid stay, those made
+    after it are later ones of the same steps, and bear `rollback/attempt`.
+    """
 
     def __init__(self, run: Path, project: str, recipe: Mapping[str, Any]) -> None:
         address = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -338,12 +378,16 @@ class MLflow:
             client.log_batch(self._id, params=new[first : first + 100])
 
     def take(self, entry: Entry) -> None:
-        if isinstance(entry, Scalars):
-            at = int(entry.time * 1000)
-            metrics = [self._metric(_allowed(n), v, at, entry.update) for n, v in entry.values.items()]
-            self._client.log_batch(self._id, metrics=metrics)
-        elif isinstance(entry, Image):
+        if isinstance(entry, Image):
             self._client.log_image(self._id, entry.pixels, key=_allowed(entry.tag), step=entry.update)
+            return
+        if isinstance(entry, Back):
+            if not entry.undone:
+                return
+            self._client.set_tag(self._id, f"rollback.{entry.rollbacks}", undone_updates(entry))
+        at = int(entry.time * 1000)
+        metrics = [self._metric(_allowed(n), v, at, entry.update) for n, v in marked(entry).items()]
+        self._client.log_batch(self._id, metrics=metrics)
 
     def close(self, failed: bool) -> None:
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")

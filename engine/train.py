@@ -85,7 +85,10 @@ def _train(
     progress, found = start.progress, start.found
     if world.rank == 0:
         save_recipe(task.recipe(), run / "recipe.yaml")
-    logs = Logs(run, world, config, attempt=attempt, start=progress.update, recipe=task.recipe())
+    logs = Logs(
+        run, world, config, attempt=attempt, start=progress.update, rollbacks=progress.rollbacks,
+        recipe=task.recipe(),
+    )  # fmt: skip
     if found is not None:
         load_frozen(task.model, found)
     frozen = _frozen(task.model) if world.rank == 0 else {}
