@@ -130,12 +130,17 @@ def _first(error: ValidationError) -> str:
     return f"{field}: {found['msg']} (found {found['input']!r})"
 
 
-def write_plan(path: str | Path, plan: AdaptationPlan) -> None:
-    """Write plan.json in one step (temporary file, then rename); architecture numbers are written out."""
+def plan_text(plan: AdaptationPlan) -> str:
+    """Content of plan.json; architecture numbers are written out, and versions where the plan has none."""
+    update = {"architecture": plan.architecture.explicit(), "versions": plan.versions or installed_versions()}
+    return json.dumps(plan.model_copy(update=update).model_dump(mode="json"), indent=2) + "\n"
+
+
+def write_plan(path: str | Path, plan: AdaptationPlan | str) -> None:
+    """Write plan.json in one step (temporary file, then rename); plan: or its `plan_text`."""
     path = Path(path)
-    whole = plan.model_copy(update={"architecture": plan.architecture.explicit()})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(whole.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(plan if isinstance(plan, str) else plan_text(plan), encoding="utf-8")
     os.replace(temporary, path)
 
 

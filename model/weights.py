@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.encoder import Encoder
 from model.errors import UserError
-from model.plan import PLAN_FILE, AdaptationPlan, installed_versions, read_plan, write_plan
+from model.plan import PLAN_FILE, AdaptationPlan, read_plan, write_plan
 
 WEIGHTS_FILE = "encoder.safetensors"
 MODEL_FILE = "model.safetensors"  # encoder and head of a fine-tuned model, encoder keys under "encoder."
@@ -46,13 +46,14 @@ class LoadReport:
 
 
 def save_encoder(
-    folder: str | Path, encoder: Encoder | Mapping[str, Tensor], plan: AdaptationPlan | None = None
+    folder: str | Path, encoder: Encoder | Mapping[str, Tensor], plan: AdaptationPlan | str | None = None
 ) -> Path:
     """Write encoder.safetensors and plan.json into `folder` (made if needed); returns the folder.
 
-    encoder: the module, or its state dict (float32, on any device). plan: needed with a state dict; for a
-    module it defaults to the plan it was loaded with, else to a bare plan of its configuration. Each file
-    appears in one step, the plan last, so that a killed save leaves no folder that loads.
+    encoder: the module, or its state dict (float32, on any device). plan: or its `plan_text`; needed with a
+    state dict; for a module it defaults to the plan it was loaded with, else to a bare plan of its
+    configuration. Each file appears in one step, the plan last, so that a killed save leaves no folder that
+    loads.
     """
     folder = Path(folder)
     if isinstance(encoder, Encoder):
@@ -62,8 +63,6 @@ def save_encoder(
         state = encoder
     if plan is None:
         raise ValueError("save_encoder needs a plan with a state dict")
-    if not plan.versions:
-        plan = plan.model_copy(update={"versions": installed_versions()})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PLAN_FILE).unlink(missing_ok=True)
     save_tensors(folder / WEIGHTS_FILE, state)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.stream import open_stream
 from data_pipeline.stream_log import StreamLog
 from engine.errors import UserError
-from model.plan import AdaptationPlan
+from model.plan import AdaptationPlan, plan_text
 from model.weights import ENCODER_PREFIX, save_encoder
 from pretrain.batch import Batch, Collate
 from pretrain.cost import activation_bytes, step_flops
@@ -63,6 +64,7 @@ class PretrainTask:
             dtype=voxel_dtype(self.manifest),
         )  # fmt: skip
         self.quality = Quality(recipe, self.manifest)
+        self._plan_text = ""  # of all exports; at a million samples it takes seconds to make
         self._scores: list[dict[str, float]] = []  # of this launch's evaluations
         self._findings: list[str] = []
 
@@ -150,7 +152,8 @@ class PretrainTask:
             for name, tensor in state.items()
             if name.startswith(ENCODER_PREFIX)
         }
-        save_encoder(folder, encoder, self.plan())
+        self._plan_text = self._plan_text or plan_text(self.plan())
+        save_encoder(folder, encoder, self._plan_text)
 
     def plan(self) -> AdaptationPlan:
         """The adaptation plan of this run's encoder, with a summary of what it was trained on.
@@ -160,7 +163,10 @@ class PretrainTask:
         """
         rows = select_rows(self.manifest, self._recipe.data, self._recipe.data.split)
         spacing = self.manifest.column("spacing")[rows]
-        sources = set(self.manifest.column("source")[rows])
+        names = ["source", "subject", "content_hash", "modality"]
+        chosen = self.manifest.table.select(names).take(pa.array(rows))
+        sources = _counts(chosen.column("source"))
+        subjects = _sorted(pc.unique(chosen.column("subject")))
         licences = [s for s in self.manifest.info.get("sources", []) if s.get("name") in sources]
         return AdaptationPlan(
             architecture=self._recipe.encoder,
@@ -170,19 +176,25 @@ class PretrainTask:
                 "manifest": self.manifest.hash,
                 "split": self._recipe.data.split,
                 "samples": len(rows),
-                "subjects": len(set(self.manifest.column("subject")[rows])),
-                "subject_keys": sorted(set(self.manifest.column("subject")[rows].astype(str))),
-                "content_hashes": sorted(set(self.manifest.column("content_hash")[rows].astype(str))),
-                "samples_by_modality": _counts(self.manifest.column("modality")[rows]),
-                "samples_by_source": _counts(self.manifest.column("source")[rows]),
+                "subjects": len(subjects),
+                "subject_keys": subjects,
+                "content_hashes": _sorted(pc.unique(chosen.column("content_hash"))),
+                "samples_by_modality": _counts(chosen.column("modality")),
+                "samples_by_source": sources,
                 "sources": licences,
             },
         )
 
 
-def _counts(values: np.ndarray) -> dict[str, int]:
-    names, counts = np.unique(values.astype(str), return_counts=True)
-    return {str(name): int(count) for name, count in zip(names, counts)}
+def _sorted(texts: pa.Array) -> list[str]:
+    """In the order of Python's texts; sorted without the interpreter's lock."""
+    found: list[str] = texts.take(pc.sort_indices(texts)).to_pylist()
+    return found
+
+
+def _counts(texts: pa.ChunkedArray) -> dict[str, int]:
+    pairs = ((pair["values"], pair["counts"]) for pair in pc.value_counts(texts).to_pylist())
+    return dict(sorted(pairs))
 
 
 def open_task(recipe: PretrainRecipe, run: Path) -> PretrainTask:
