@@ -113,15 +113,23 @@ def join(config: EngineConfig) -> World:
     seed_process(config.seed)
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # Later than the watchdog, which leaves the stacks; without one, a day.
-        wait = timedelta(minutes=config.hang_minutes + 10.0 if config.hang_minutes else 1440.0)
+        backend, wait = "gloo", patience(config)
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            # After 8 minutes in which the driver answers nothing PyTorch would abort without a word of ours.
+            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{wait.total_seconds():.0f}")
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
             dist.init_process_group(backend, timeout=wait)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
         atexit.register(leave)
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device)
+
+
+def patience(config: EngineConfig) -> timedelta:
+    """How long a collective may take: longer than the watchdog waits, which leaves the stacks; without one, a
+    day."""
+    return timedelta(minutes=config.hang_minutes + 10.0 if config.hang_minutes else 1440.0)
 
 
 def leave() -> None:

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from engine.distributed import World, import_deepspeed
+from engine.distributed import World, import_deepspeed, patience
 from engine.errors import UserError
 from engine.memory import BUCKET
 from engine.recipe import EngineConfig
@@ -53,6 +54,7 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
             "weights at each call; use stage 0, 1 or 2"
         )
     deepspeed = import_deepspeed()
+    _share_group(deepspeed.utils.groups, config, world)
     groups = [g for g in task.optimizer_groups() if g["params"]]
     adam = torch.optim.AdamW(
         groups,
@@ -84,6 +86,13 @@ def wrap(task: Task, config: EngineConfig, world: World) -> tuple[Any, Partition
     if stage == 0 and world.size == 1:
         engine.enable_backward_allreduce = False  # it would flatten the gradient for nobody
     return engine, partition_of(engine, task.model, stage, world.rank, world.size)
+
+
+def _share_group(groups: Any, config: EngineConfig, world: World) -> None:
+    """Make the group of all ranks that DeepSpeed would make for itself, whose collectives would then fail
+    after half an hour, whatever the watchdog is set to."""
+    if groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = dist.new_group(range(world.size), timeout=patience(config))
 
 
 def whole_model(engine: Any) -> AbstractContextManager[Any]:

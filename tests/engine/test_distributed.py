@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from engine.distributed import pick_device
+from engine import distributed
+from engine.distributed import join, pick_device
 from engine.errors import UserError
+from engine.optimizer import _share_group
 from engine.recipe import EngineConfig
 
 
@@ -33,3 +42,29 @@ def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch, rank:
     with pytest.raises(UserError, match=r"4 processes on this host with 2 GPUs.*--processes 2"):
         pick_device(EngineConfig())
     assert pick_device(EngineConfig(device="cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("minutes", "expected"), [(15.0, 25.0), (60.0, 70.0), (0.0, 1440.0)])
+def test_no_collective_gives_up_before_the_watchdog(
+    monkeypatch: pytest.MonkeyPatch, minutes: float, expected: float
+) -> None:
+    """Neither NCCL's collectives, nor its monitor of the driver, nor the group that DeepSpeed works with."""
+    config, given = EngineConfig(hang_minutes=minutes), []
+
+    def record(*_: Any, timeout: timedelta, **__: Any) -> None:
+        given.append(timeout.total_seconds() / 60)
+
+    monkeypatch.setattr(distributed, "pick_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(distributed, "seed_process", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(atexit, "register", lambda _: None)
+    for name, value in (("is_initialized", False), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "init_process_group", record)
+    monkeypatch.setattr(dist, "new_group", record)
+    monkeypatch.delenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    world = join(config)
+    _share_group(SimpleNamespace(_WORLD_GROUP=None), config, world)
+    assert given == [expected, expected]
+    assert float(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) == 60 * expected
