@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,7 +31,7 @@ class Compilation:
         device: where the model will run.
 
     Raises:
-        UserError: compilation is asked for, and the model names no blocks.
+        UserError: compilation is asked for, and the model names no blocks, or the machine cannot do it.
     """
 
     def __init__(self, model: nn.Module, config: EngineConfig, device: torch.device) -> None:
@@ -43,10 +47,14 @@ class Compilation:
                 reason = "engine.compile auto does so at ZeRO 0 to 2"
             elif not blocks:
                 reason = "the model names none"
+            elif lacking := missing_tool():
+                reason = f"{lacking}; updates are slower and take more memory"
         elif not blocks:
             raise UserError(
                 "engine.compile: this model names no blocks to compile; leave it at auto or set it to false"
             )
+        elif device.type == "cuda" and (lacking := missing_tool()):
+            raise UserError(f"engine.compile: {lacking}; install it, or set engine.compile to auto or false")
         self.on = not reason
         self.text = f"blocks are not compiled: {reason}" if reason else f"{len(blocks)} blocks are compiled"
         self._told = GRAPHS_TO_EXPECT
@@ -72,6 +80,20 @@ class Compilation:
             f"{RECOMPILE_LIMIT} new shapes run uncompiled; set engine.compile false, or see the reasons with "
             "TORCH_LOGS=recompiles"
         )
+
+
+def missing_tool() -> str:
+    """What this machine lacks for compiling on CUDA, "" for nothing.
+
+    Triton builds its link to the driver from C when it first runs; that would fail in the first update.
+    """
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "this machine has no C compiler (gcc or clang)"
+    scheme = sysconfig.get_default_scheme()
+    folder = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not (Path(folder) / "Python.h").exists():
+        return f"this Python has no headers (Python.h is not in {folder}; Debian: python3-dev)"
+    return ""
 
 
 def compiled_graphs() -> int:

@@ -90,6 +90,10 @@ def _torch() -> Iterator[Finding]:
             )
         if not torch.cuda.is_bf16_supported():
             yield Finding("bf16", "warning", "this GPU has no bf16; set engine.precision: fp32")
+        from engine.compilation import missing_tool
+
+        if lacking := missing_tool():
+            yield Finding("torch.compile", "warning", f"{lacking}; training runs uncompiled, slower")
     elif torch.version.cuda and Path("/proc/driver/nvidia").exists():
         yield Finding(
             "GPU",

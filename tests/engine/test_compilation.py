@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -117,8 +118,13 @@ def test_many_shapes_are_all_compiled_and_said(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_what_is_compiled_and_why_not_is_said(
-    asked: bool | Literal["auto"], device: torch.device, stage: Literal[0, 1, 2, 3], expected: str
+    asked: bool | Literal["auto"],
+    device: torch.device,
+    stage: Literal[0, 1, 2, 3],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("engine.compilation.missing_tool", lambda: "")
     model = Model()
     compilation = Compilation(model, EngineConfig(compile=asked, zero_stage=stage), device)
     assert expected in compilation.text
@@ -129,3 +135,20 @@ def test_a_model_without_blocks_is_left_alone_unless_asked_for() -> None:
     assert "names none" in Compilation(nn.Linear(2, 2), EngineConfig(compile="auto"), CUDA).text
     with pytest.raises(UserError, match=r"engine\.compile: this model names no blocks"):
         on(nn.Linear(2, 2))
+
+
+def test_a_gpu_machine_that_cannot_compile_is_found_before_the_first_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = Compilation(Model(), EngineConfig(), CUDA)
+    assert not found.on
+    assert "no C compiler" in found.text
+    with pytest.raises(UserError, match=r"engine\.compile: this machine has no C compiler"):
+        Compilation(Model(), EngineConfig(compile=True), CUDA)
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr("sysconfig.get_paths", lambda *_: {"include": str(tmp_path)})
+    assert f"Python.h is not in {tmp_path}" in Compilation(Model(), EngineConfig(), CUDA).text
+    (tmp_path / "Python.h").touch()
+    assert Compilation(Model(), EngineConfig(), CUDA).on

@@ -6,13 +6,15 @@ import socket
 from typing import NoReturn
 
 import pytest
+import torch
 
 from launch import doctor as room
 
 
 def test_a_machine_that_runs_these_tests_can_run_medfm() -> None:
     found = {finding.what: finding for finding in room.findings()}
-    assert {"Python", "packages", "GPU", "memory", "disk", "open files", "network", "Blosc2"} <= set(found)
+    assert {"Python", "packages", "memory", "disk", "open files", "network", "Blosc2"} <= set(found)
+    assert {"GPU", "GPU 0"} & set(found)
     assert found["Blosc2"].level == "ok"
     assert found["Python"].level != "stops"
 
@@ -32,3 +34,11 @@ def test_a_check_that_breaks_is_itself_a_finding(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(room, "_disk", broken)
     assert any("odd machine" in finding.meaning and finding.level == "warning" for finding in room.findings())
+
+
+def test_a_gpu_machine_that_cannot_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_available", True), ("device_count", 0), ("is_bf16_supported", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr("engine.compilation.missing_tool", lambda: "no C compiler")
+    (found,) = (finding for finding in room.findings() if finding.what == "torch.compile")
+    assert (found.level, found.meaning) == ("warning", "no C compiler; training runs uncompiled, slower")
