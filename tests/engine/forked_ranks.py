@@ -9,6 +9,7 @@ does is tested elsewhere.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -18,11 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
+if __name__ == "__main__":
+    gc.disable()  # while it imports: half a second
 
 import torch._dynamo  # noqa: F401 - before the fork: AdamW imports it
 from toy_worker import one
 
 from engine.distributed import import_deepspeed, leave
+from engine.worker import end_process
 
 
 def fork_ranks(processes: int, body: Callable[[], int]) -> int:
@@ -60,4 +64,5 @@ def launch(processes: int, batch: list[list[str]]) -> int:
 
 if __name__ == "__main__":
     import_deepspeed()
-    sys.exit(max([launch(processes, batch) for processes, batch in json.loads(sys.argv[1])]))
+    gc.enable()
+    end_process(max([launch(processes, batch) for processes, batch in json.loads(sys.argv[1])]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,10 +17,11 @@ from benchmarks.chaos_faults import FLIP, FULL, KINDS, NEWEST, Disk, Fault, draw
 from benchmarks.chaos_run import Run, differences, finish
 from engine.zero_state import MOMENTS
 
+HERE = Path(__file__).parent
 UPDATES = 36
 LAUNCH = (
     "import sys; from launch.local import run_local; "
-    "sys.exit(run_local('tests.engine.toy_worker', None, sys.argv[2:], 2, run=sys.argv[1]))"
+    "sys.exit(run_local('toy_worker', None, sys.argv[2:], 2, run=sys.argv[1]))"
 )
 RECIPE = {
     "engine.updates": UPDATES, "engine.checkpoint_every": 5, "engine.keep_last": 3, "engine.warmup": 5,
@@ -37,15 +40,20 @@ FAULTS = (
 
 
 @pytest.mark.slow
-def test_a_harmed_run_ends_with_the_bits_of_the_run_left_alone(tmp_path: Path) -> None:
+def test_a_harmed_run_ends_with_the_bits_of_the_run_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one left alone has no launcher either."""
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE.parents[1]}")
     disk = Disk(tmp_path / "disk", 32)
-
-    def launched(folder: Path) -> Run:
-        words = [f"--{name}={value}" for name, value in RECIPE.items()]
-        command = [sys.executable, "-c", LAUNCH, str(folder), *words]
-        return Run(folder, command, tmp_path / f"{folder.name}.txt")
-
-    harmed, alone = launched(disk.folder / "harmed"), launched(tmp_path / "alone")
+    words = [f"--{name}={value}" for name, value in RECIPE.items()]
+    folders = disk.folder / "harmed", tmp_path / "alone"
+    launches = json.dumps([[2, [["--run", str(folders[1]), *words]]]])
+    commands = (
+        [sys.executable, "-c", LAUNCH, str(folders[0]), *words],
+        [sys.executable, str(HERE / "forked_ranks.py"), launches],
+    )
+    harmed, alone = (Run(f, c, tmp_path / f"{f.name}.txt") for f, c in zip(folders, commands, strict=True))
     try:
         alone.start()
         chaos = Chaos(harmed, disk, UPDATES, 0, tmp_path / "evidence")

@@ -16,9 +16,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from engine import watchdog
 from engine.signals import StopRequest
 from engine.verdict import Verdict, read_attempt, record_failure, write_text, write_verdict
-from engine.watchdog import Watchdog
 from engine.worker import run_worker
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,7 +90,8 @@ def train(run: Path, given: argparse.Namespace) -> Verdict:
         while WORLD > 1 and not (run / f"opened-{MEETING}").exists():
             time.sleep(0.01)
         attempt = read_attempt(run)
-        with Watchdog(run, given.hang / 60, attempt, RANK) as watchdog:
+        watchdog.LEAVE_SECONDS = 1.0
+        with watchdog.Watchdog(run, given.hang / 60, attempt, RANK) as guard:
             if given.loader:
                 fork_loader(run)
             meet(run, attempt, "training")
@@ -98,7 +99,7 @@ def train(run: Path, given: argparse.Namespace) -> Verdict:
             while (update < given.updates or (run / "on").exists()) and not (run / "stop").exists():
                 time.sleep(0.02)
                 update += 1
-                watchdog.beat(update)
+                guard.beat(update)
                 if stop.asked:
                     (run / "stop").touch()
                 if update == given.fault_at and WORLD - 1 == RANK and not (run / "spared").exists():

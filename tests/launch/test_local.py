@@ -18,7 +18,7 @@ import torch
 
 from engine.verdict import LAUNCHED, Verdict, out_of_memory, read_verdict, write_verdict
 from engine.worker import run_worker
-from launch import workers
+from launch import local, workers
 from launch.local import _memory, run_local
 from launch.plan import Place, plan_run
 from launch.workers import Workers
@@ -101,9 +101,12 @@ def test_a_launch_names_the_one_it_takes_over_from(tmp_path: Path, capfd: pytest
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_noticed_by_itself_or_the_others_and_ended(tmp_path: Path) -> None:
+def test_a_stopped_rank_is_noticed_by_itself_or_the_others_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The live rank waits for it, writes its stacks and ends; torchrun alone would wait much longer."""
-    words = ("--fault", "SIGSTOP", "--once", "--hang", "2", "--updates", "12")
+    monkeypatch.setattr(local, "FAILED_SECONDS", 5.0)
+    words = ("--fault", "SIGSTOP", "--once", "--hang", "3", "--updates", "12")
     began = time.monotonic()
     assert go(tmp_path, *words, processes=2) == 0
     assert time.monotonic() - began < 60
