@@ -92,8 +92,9 @@ def medfm(*words: str) -> subprocess.Popen[str]:
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
+    """Scores by checkpoint; a line that is being written, or was when its writer died, is none yet."""
     path = run / "probe.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def in_loop(run: Path) -> dict[int, dict[str, float]]:

@@ -45,11 +45,11 @@ def test_loss_falls_well_below_both_baselines(decoder: str, hand: Any) -> None:
         torch.cat([crop_error(guess(t), t.target, t.scored) for t in tokens]).mean()
         for guess in (visible_mean, interpolation)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    steps = 200
+    peak, steps = 3e-3, 120
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 20, 2 * (1 - step / steps))
+            group["lr"] = peak * min(1.0, (step + 1) / 20, 2 * (1 - step / steps))
         loss = model(batch)[0]
         optimizer.zero_grad()
         loss.backward()
