@@ -24,7 +24,8 @@ PART = 20  # updates of a launch
 ENV = {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
 RECIPE = ["--engine.updates", str(4 * PART), "--engine.lr", "0.003", "--engine.warmup", "5",
           "--engine.clip", "0.3", "--engine.log_every", "1", "--engine.checkpoint_every", "0",
-          "--engine.evaluate_share", "0", "--engine.device", "cpu", "--engine.hang_minutes", "3"]  # fmt: skip
+          "--engine.evaluate_share", "0", "--engine.device", "cpu", "--engine.hang_minutes", "3",
+          "--engine.trackers", "[]"]  # fmt: skip
 # Stage of each launch. In fp32 every stage follows every stage, itself too.
 STAGES = {
     "fp32": [(0, 0, 1, 1), (1, 2, 2, 3), (3, 3, 0, 2), (2, 0, 3, 1), (1, 3, 2, 1), (2, 3, 1, 0)],

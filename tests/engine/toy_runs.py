@@ -26,7 +26,7 @@ UPDATES = 8
 ENV = {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
 COMMON = ["--engine.updates", str(UPDATES), "--engine.lr", "0.01", "--engine.warmup", "2",
           "--engine.clip", "0.3", "--engine.log_every", "1", "--engine.checkpoint_every", "2",
-          "--engine.device", "cpu", "--engine.hang_minutes", "3"]  # fmt: skip
+          "--engine.device", "cpu", "--engine.hang_minutes", "3", "--engine.trackers", "[]"]  # fmt: skip
 
 
 def words(run: Path, stage: int, precision: str = "fp32", *more: str) -> list[str]:
