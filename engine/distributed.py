@@ -138,6 +138,13 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def stay(world: World) -> None:
+    """Let the end of this process be all that the group hears of it; for a rank that fails alone. NCCL ends a
+    group together: leaving it, this rank would wait for the others, and they wait for its next collective."""
+    if world.device.type == "cuda":
+        atexit.unregister(leave)
+
+
 def seed_process(seed: int) -> None:
     """Seed every generator of the process; the same on all ranks, since no choice may depend on the rank."""
     torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine import checkpoint, memory
 from engine.checkpoint import TakenOver
 from engine.compilation import Compilation
-from engine.distributed import World, join
+from engine.distributed import World, join, stay
 from engine.errors import UserError
 from engine.logs import Logs
 from engine.loop import Loop
@@ -58,10 +58,12 @@ def train(task: Task, config: EngineConfig, run: Path | str, *, continue_as: str
             try:
                 verdict = _train(task, config, run, world, stop, watchdog, attempt, continue_as, predicted)
             except UserError:
+                stay(world)
                 raise
             except TakenOver as error:
                 verdict = Verdict("failed", watchdog.update, attempt, str(error))
             except Exception as error:
+                stay(world)
                 watchdog.write_stacks(f"{type(error).__name__} ends this rank", error)
                 advice = memory.explain(predicted, world.device, error) if out_of_memory(error) else ""
                 record_failure(run, error, watchdog.update, advice)

@@ -226,6 +226,8 @@ class Scattered(Partition):
             zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
         ):
             parts.copy_(masters)
+        if masters.is_cuda:  # DeepSpeed gathers in a stream of its own, which does not wait for this one
+            torch.cuda.current_stream().synchronize()
 
     def apply(self, scale: float) -> None:
         if scale != 1.0:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import atexit
 import os
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from toy_worker import ToyRecipe, ToyTask
 
 from engine import distributed
-from engine.distributed import join, pick_device
+from engine.distributed import World, join, leave, pick_device, stay
 from engine.errors import UserError
 from engine.optimizer import _share_group
 from engine.recipe import EngineConfig
+from engine.train import train
 
 
 @pytest.fixture
@@ -68,3 +71,29 @@ def test_no_collective_gives_up_before_the_watchdog(
     _share_group(SimpleNamespace(_WORLD_GROUP=None), config, world)
     assert given == [expected, expected]
     assert float(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) == 60 * expected
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", [leave]), ("cpu", [])])
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: list[Any]
+) -> None:
+    gone: list[Any] = []
+    monkeypatch.setattr(atexit, "unregister", gone.append)
+    stay(World(1, 2, 1, torch.device(device)))
+    assert gone == expected
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), UserError("wrong")])
+def test_training_that_fails_stays_in_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    config, stayed = EngineConfig(device="cpu", updates=1), list[World]()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("engine.train._train", fail)
+    monkeypatch.setattr("engine.train.stay", stayed.append)
+    with pytest.raises(type(error)):
+        train(ToyTask(ToyRecipe(engine=config), tmp_path), config, tmp_path)
+    assert [world.rank for world in stayed] == [0]
