@@ -1,4 +1,7 @@
-"""Two ranks that hold windows of other geometries and in other numbers; started under torchrun by a test."""
+"""Two ranks that hold windows of other geometries and in other numbers; a test starts this file.
+
+PYTHONPATH=tests/engine:. python tests/finetune/ranks_worker.py FOLDER HANG_MINUTES
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked_ranks import fork_ranks
 
+from engine.distributed import import_deepspeed
 from engine.recipe import EngineConfig
 from engine.train import train
 from finetune.batch import Batch, Windows
@@ -70,10 +75,16 @@ class Task:
         return [{"params": list(self.model.parameters())}]
 
 
-if __name__ == "__main__":
+def train_at_every_stage(folder: Path, hang_minutes: float) -> int:
     for stage in range(3):
         settings = EngineConfig(
             updates=6, lr=3e-3, warmup=0, precision="fp32", zero_stage=stage, threads=1, log_every=1,
-            device="cpu", evaluate_every=2, evaluate_share=1.0, hang_minutes=float(sys.argv[2]),
+            device="cpu", evaluate_every=2, evaluate_share=1.0, hang_minutes=hang_minutes,
         )  # fmt: skip
-        train(Task(), settings, Path(sys.argv[1]) / f"zero-{stage}")
+        train(Task(), settings, folder / f"zero-{stage}")
+    return 0
+
+
+if __name__ == "__main__":
+    import_deepspeed()
+    sys.exit(fork_ranks(2, lambda: train_at_every_stage(Path(sys.argv[1]), float(sys.argv[2]))))
