@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint format wheel clean
+.PHONY: quickstart test test-gpu lint format wheel clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medfm needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11")'
@@ -18,6 +18,9 @@ quickstart: $(INSTALLED)  ## the whole job, small, on phantoms: under 6 minutes 
 
 test: $(INSTALLED)  ## every test; those that need real scans, a GPU or Slurm skip, saying so
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)  ## those that need a GPU, on a machine that has one
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

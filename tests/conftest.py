@@ -26,6 +26,13 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """GPUs are for `-m gpu` alone: the other tests are of the CPU, and a process that has trained there, with
+    its group and DeepSpeed's device, cannot go over to a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, whole runs before all: with several workers none idles at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -38,7 +45,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     process: what a model learns depends on the split, and the split on the key.
     """
     random.seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - for code that draws from the global generator
     torch.manual_seed(0)
     count = itertools.count()
     privacy.secrets = SimpleNamespace(  # type: ignore[assignment]
