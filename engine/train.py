@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -65,7 +66,10 @@ def train(task: Task, config: EngineConfig, run: Path | str, *, continue_as: str
             except Exception as error:
                 stay(world)
                 watchdog.write_stacks(f"{type(error).__name__} ends this rank", error)
-                advice = memory.explain(predicted, world.device, error) if out_of_memory(error) else ""
+                advice = ""
+                if out_of_memory(error):
+                    with suppress(Exception):  # a GPU that has failed may not even say how much it has
+                        advice = memory.explain(predicted, world.device, error)
                 record_failure(run, error, watchdog.update, advice)
                 raise
             return _tell(run, world, verdict)

@@ -20,6 +20,7 @@ from engine.errors import UserError
 from engine.optimizer import _share_group
 from engine.recipe import EngineConfig
 from engine.train import train
+from engine.verdict import read_verdict
 
 
 @pytest.fixture
@@ -97,3 +98,23 @@ def test_training_that_fails_stays_in_its_group(
     with pytest.raises(type(error)):
         train(ToyTask(ToyRecipe(engine=config), tmp_path), config, tmp_path)
     assert [world.rank for world in stayed] == [0]
+
+
+def test_a_gpu_that_does_not_even_say_what_it_has_hides_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(device="cpu", updates=1)
+
+    def fail(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    def gone(*_: Any) -> str:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr("engine.train._train", fail)
+    monkeypatch.setattr("engine.memory.explain", gone)
+    with pytest.raises(torch.AcceleratorError, match="out of memory"):
+        train(ToyTask(ToyRecipe(engine=config), tmp_path), config, tmp_path)
+    verdict = read_verdict(tmp_path)
+    assert verdict is not None
+    assert verdict.state == "out_of_memory"
