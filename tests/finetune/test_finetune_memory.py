@@ -40,7 +40,7 @@ def windows(shape: Shape, spacing: tuple[float, float, float] = ISOTROPIC) -> Wi
     )  # fmt: skip
 
 
-def training(encoder: str = "none", **prompts: Any) -> ClickTraining:
+def training(encoder: str) -> ClickTraining:
     """With an encoder none, small (most is taken by the head), large, or large and frozen."""
     sizes = {"small": (48, 1), "large": (192, 2), "frozen": (192, 2)}
     head = HeadConfig(widths=(8, 16, 16, 32), heads=2, layers=1, encoder=encoder != "none")
@@ -49,7 +49,8 @@ def training(encoder: str = "none", **prompts: Any) -> ClickTraining:
         width, depth = sizes[encoder]
         net = Encoder(EncoderConfig(size=None, width=width, depth=depth, heads=3, registers=1))
     model = PromptableModel(head, net, frozen=encoder == "frozen")
-    return ClickTraining(model, PromptTraining(**({"rounds": (2, 2)} | prompts)), 1, seed=0)
+    rounds = 2 if net is None else 1
+    return ClickTraining(model, PromptTraining(rounds=(rounds, rounds)), 1, seed=0)
 
 
 class Task:
