@@ -67,8 +67,8 @@ def test_two_channel_nnunet_folder(tmp_path: Path) -> None:
     medfm("shards", "build", str(root), "--out", str(data), "--split", "0.5,0.25,0.25")
     pretrain, finetune = (str(RECIPES / f"quickstart-{name}.yaml") for name in ("pretrain", "finetune"))
     fields = [f"--data.root={data}", "--engine.updates=3"]
-    run = ["--processes", "2", "--run", str(tmp_path / "p")]
-    medfm("pretrain", pretrain, *run, *fields, "--encoder.size=nano")
+    run = ["--processes", "1", "--run", str(tmp_path / "p")]
+    medfm("pretrain", pretrain, *run, *fields, "--encoder.size=nano", "--evaluation.batches=1")
     run = ["--processes", "1", "--run", str(tmp_path / "f")]
     medfm("finetune", finetune, *run, *fields, "--head.channels=2", f"--encoder.path={tmp_path / 'p'}")
     images = [root / "imagesTr" / f"phantom_000_{channel:04d}.nii.gz" for channel in (0, 1)]
