@@ -339,6 +339,7 @@ def test_a_storage_that_takes_nothing_ends_the_waiting(
     assert together([s.wait for s in savers]) == ["", ""]
     assert [s.last for s in savers] == [None, None]
     assert kept(run) == ["update-00000005"]
+    monkeypatch.setattr(module, "LEAST_PATIENCE", 30.0)
     assert settle_all(savers, 10) == ["", ""]
 
 

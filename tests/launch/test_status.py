@@ -69,6 +69,13 @@ def ranks(tmp_path: Path) -> Iterator[list[Any]]:
         child.join()
 
 
+@pytest.fixture
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time passes between what a test writes and what is read of it."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
 def wait_for(what: Callable[[], Any]) -> None:
     end = time.monotonic() + 60
     while not what():
@@ -196,6 +203,7 @@ def test_a_run_that_said_how_it_ended(
         assert named == ("SIGKILL" not in verdict.message)
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_alive_without_an_update_is_told_from_an_evaluation(tmp_path: Path) -> None:
     write_log(tmp_path, 0, alive(200), step(4, 100), alive(1))
     status = read_status(tmp_path)
@@ -243,6 +251,7 @@ def end_line(seconds_ago: float, attempt: int, verdict: Verdict, again: bool) ->
     return {**line, "verdict": asdict(verdict), "again": again}
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_what_the_launcher_wrote(tmp_path: Path) -> None:
     book, me, nobody = tmp_path / "launches.jsonl", os.getpid(), 2**22 + 1
     verdict = Verdict("failed", 4, 1, "ValueError: x")
