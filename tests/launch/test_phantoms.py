@@ -28,23 +28,26 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> PhantomSet:
     return write(tmp_path_factory.mktemp("phantoms"), SUBJECTS, seed=0)
 
 
-def best_threshold_dice(scan: Scan, organ: int) -> float:
-    """Best over 24 thresholds, both sides of each, of the largest connected component's Dice."""
-    truth, best = scan.labels == organ, 0.0
+def best_threshold_dice(scan: Scan) -> dict[int, float]:
+    """By organ: best over 24 thresholds, both sides of each, of the largest connected component's Dice."""
+    sizes = np.bincount(scan.labels.ravel(), minlength=max(LABELS) + 1)
+    best = {organ: 0.0 for organ in LABELS if sizes[organ]}
     for threshold in np.unique(np.quantile(scan.voxels, np.linspace(0.02, 0.995, 24))):
         for mask in (scan.voxels >= threshold, scan.voxels < threshold):
             parts, count = ndimage.label(mask)
             if count:
                 largest = parts == np.bincount(parts.ravel())[1:].argmax() + 1
-                best = max(best, 2.0 * float((largest & truth).sum()) / float(largest.sum() + truth.sum()))
+                hit = np.bincount(scan.labels[largest], minlength=len(sizes))
+                for organ in best:
+                    best[organ] = max(best[organ], 2.0 * float(hit[organ] / (hit.sum() + sizes[organ])))
     return best
 
 
 def test_threshold_and_largest_component_is_not_enough(scans: list[list[Scan]]) -> None:
     for contrast in ("CT", "T1", "T2", "XR"):
-        found = [scan for subject in scans for scan in subject if scan.contrast == contrast]
+        found = [best_threshold_dice(s) for subject in scans for s in subject if s.contrast == contrast]
         for value, name in LABELS.items():
-            dice = [best_threshold_dice(scan, value) for scan in found if (scan.labels == value).any()]
+            dice = [best[value] for best in found if value in best]
             assert np.mean(dice or [0.0]) < 0.6, f"{contrast} {name}: a threshold reaches {np.mean(dice):.2f}"
 
 
@@ -104,7 +107,7 @@ def test_grid_spacing_and_middle() -> None:
 
 def test_the_same_seed_gives_the_same_bytes(written: PhantomSet, tmp_path: Path) -> None:
     again = write(tmp_path / "again", 2, seed=0)
-    other = write(tmp_path / "other", 2, seed=1)
+    other = write(tmp_path / "other", 1, seed=1)
     compared = 0
     for path in sorted(p for p in again.folder.rglob("*") if p.suffix in (".gz", ".dcm", ".png")):
         name = path.relative_to(again.folder)
