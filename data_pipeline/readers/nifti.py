@@ -14,7 +14,7 @@ from data_pipeline.readers.gunzip import read_array
 from data_pipeline.readers.raw import DEFLATE, Raw, check_extent, check_size
 from data_pipeline.volume import corner_distance
 
-RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+RAS_TO_LPS = np.array([[-1.0], [-1.0], [1.0], [1.0]])  # of the rows of an affine
 MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metre, millimetre, micrometre
 SPACE_UNITS = 7  # the bits of xyzt_units that hold the unit of length
 
@@ -72,7 +72,7 @@ def decode(path: Path, *, accept_no_form: bool = False) -> Raw:
     components = data.ndim >= 5 and data.shape[4] > 1
     frames = _frames_zyx(data)
     affine, provenance = _affine(header, frames.shape[1:], zooms, accept_no_form)
-    affine = RAS_TO_LPS @ np.asarray(affine, dtype=np.float64)
+    affine = RAS_TO_LPS * np.asarray(affine, dtype=np.float64) + 0.0  # which leaves no -0.0
     affine[:3] *= MILLIMETRES[unit]
     if MILLIMETRES[unit] == 1.0:
         check_extent(affine, frames.shape[1:])

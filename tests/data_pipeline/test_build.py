@@ -267,15 +267,16 @@ def tree_hash(root: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.iterdir())}
 
 
-def test_the_same_bytes_with_one_or_two_workers(
+def test_the_same_bytes_from_another_process(
     scans: Path, built: BuildReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By two, one of which is killed: `test_a_worker_killed_once_costs_nothing`."""
     monkeypatch.setattr("data_pipeline.complete.POOL_BYTES", 0)  # workers write these small shards too
     again = build(
         sources(scans),
         tmp_path / "again",
         built.private,
-        workers=2,
+        workers=1,
         shard_samples=3,
         level_min_voxels=2000,
         progress=False,
