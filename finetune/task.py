@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.geometry import PATCH, TokenConfig
@@ -22,6 +24,7 @@ from engine.task import Writer
 from finetune.batch import Batch, Collate
 from finetune.clicks import ClickTraining
 from finetune.cost import Shape, largest_shape, micro_step_bytes
+from finetune.metrics import nested_mean
 from finetune.recipe import FinetuneRecipe
 from finetune.weights import build_model, export_model
 
@@ -167,19 +170,37 @@ class FinetuneTask:
         )  # fmt: skip
 
     def evaluate(self, update: int, rank: int, world: int, writer: Writer) -> dict[str, float]:
-        """Mean Dice by click on a few held-out cases, on rank 0."""
+        """Mean Dice by click on a few held-out cases, shared out over the ranks."""
         from finetune.evaluate import evaluate_clicks
 
-        rows = held_out_rows(self.manifest, self._recipe)
-        if rank != 0 or len(rows) == 0:
+        rows, clicks = held_out_rows(self.manifest, self._recipe), self._recipe.evaluation.clicks
+        if len(rows) == 0:
             return {}
-        report = evaluate_clicks(
-            self.net, self.manifest, rows, clicks=self._recipe.evaluation.clicks, controls=False,
-            precision=self._recipe.engine.precision,
-        )  # fmt: skip
-        return {
-            f"held_out/dice_click_{i + 1}": d for i, d in enumerate(report["mean"]["dsc"]) if d is not None
-        }
+        images, subjects = (self.manifest.column(name)[rows].astype(str) for name in ("key", "subject"))
+        of_image = {image: i for i, image in enumerate(images)}
+        dice = np.zeros((2, len(rows), clicks))  # summed over an image's objects, and over how many
+        mine = rows[rank::world]
+        if len(mine):
+            report = evaluate_clicks(
+                self.net, self.manifest, mine, clicks=clicks, controls=False,
+                precision=self._recipe.engine.precision,
+            )  # fmt: skip
+            for found in report["objects"]:
+                for click, value in enumerate(found["dsc"]):
+                    if value is not None:
+                        dice[:, of_image[found["image"]], click] += value, 1
+        if world > 1:
+            shared = torch.from_numpy(dice).to(next(self.net.parameters()).device)
+            dist.all_reduce(shared)
+            dice = shared.cpu().numpy()
+        means = {}
+        for click in range(clicks):
+            total, number = dice[:, :, click]
+            shown = np.flatnonzero(number)
+            mean = nested_mean((subjects[i], images[i], float(total[i] / number[i])) for i in shown)
+            if mean is not None:
+                means[f"held_out/dice_click_{click + 1}"] = mean
+        return means
 
     def pictures(self, update: int, rank: int, world: int, writer: Writer) -> None:
         """None yet: `medfm segment` and the report draw them."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+import torch.distributed as dist
 
 from data_pipeline.build import build
 from data_pipeline.manifest import Manifest
@@ -164,6 +166,40 @@ def test_the_evaluation_during_a_run_takes_only_images_the_model_can_read(shards
     assert len(held_out_rows(manifest, one_channel)) == 0
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"modalities": ("CT",)})})
     assert len(held_out_rows(manifest, other)) == 0
+
+
+def test_figures_during_a_run_are_the_same_from_any_number_of_ranks(shards, tmp_path):
+    recipe = recipe_for(shards, workers=0)
+    recipe = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"held_out": "train"}),
+            "evaluation": recipe.evaluation.model_copy(update={"cases": 3, "clicks": 2}),
+        }
+    )
+    task = FinetuneTask(recipe)
+    wanted = evaluate_clicks(
+        task.net, task.manifest, held_out_rows(task.manifest, recipe), clicks=2, controls=False
+    )["mean"]["dsc"]
+    assert min(wanted) > 0
+    for world in (1, 2, 4):  # of four ranks one has no case
+        ranks = []
+        for rank in range(world):
+            if not (child := os.fork()):
+                try:
+                    torch.set_num_threads(1)
+                    meet = f"file://{tmp_path}/{world}"
+                    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+                    found = task.evaluate(0, rank, world, None)
+                    (tmp_path / f"{world}-{rank}.json").write_text(json.dumps(found))
+                    dist.destroy_process_group()
+                finally:
+                    os._exit(0)
+            ranks.append(child)
+        for child in ranks:
+            os.waitpid(child, 0)
+        for rank in range(world):
+            found = json.loads((tmp_path / f"{world}-{rank}.json").read_text())
+            assert found == pytest.approx({f"held_out/dice_click_{i + 1}": d for i, d in enumerate(wanted)})
 
 
 def test_an_encoder_of_unknown_training_is_not_called_unseen(shards, tmp_path):
