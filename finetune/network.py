@@ -199,8 +199,9 @@ def meet(x: Tensor, grid: Sequence[int]) -> Tensor:
             raise ValueError(
                 f"a map of {tuple(x.shape[2:])} cannot meet a grid of {tuple(grid)} by whole factors"
             )
-    if pool != [1, 1, 1]:
-        x = F.avg_pool3d(x, pool, pool)
+    if pool != [1, 1, 1]:  # not avg_pool3d, whose backward pass on a GPU does not repeat its bits
+        (b, c, z, y, w), (pz, py, px) = x.shape, pool
+        x = x.reshape(b, c, z // pz, pz, y // py, py, w // px, px).mean((3, 5, 7))
     return repeat(x, _triple(grow))
 
 
