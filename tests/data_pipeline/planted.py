@@ -205,8 +205,8 @@ class Built:
         return [json.loads(line) for line in (self.private / "index.jsonl").read_text().splitlines()]
 
 
-def run_build(recipe: dict[str, object], work: Path, *more: str, workers: int = 2) -> Built:
-    """Run `medfm shards build` in a process of its own, with its workers in others. Everything that any of
+def run_build(recipe: dict[str, object], work: Path, *more: str, workers: int = 1) -> Built:
+    """Run `medfm shards build` in a process of its own, with its worker in another. Everything that any of
     them writes to stdout or stderr is kept. The hash key is fixed, so that finds do not depend on chance."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -1,7 +1,7 @@
 """Nothing planted in a DICOM file is in any byte of the dataset or of what its build prints.
 
 Every element of the data dictionary, private groups, overlays, unused bits of pixels, file names and folders,
-RTSTRUCT and SEG, and files made to fail. One build with two workers, run as a user runs it.
+RTSTRUCT and SEG, and files made to fail. One build with a worker, run as a user runs it.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def test_nothing_planted_is_in_the_dataset(planted: tuple[Built, dict[str, int]]
 
 
 def test_nothing_planted_is_printed(planted: tuple[Built, dict[str, int]]) -> None:
-    """Neither by the build nor by its workers, nor by a library in either."""
+    """Neither by the build nor by its worker, nor by a library in either."""
     assert finds(planted[0].printed) == []
 
 

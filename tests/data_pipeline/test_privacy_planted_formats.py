@@ -1,7 +1,7 @@
 """Nothing planted in NIfTI, NRRD, MetaImage and picture files is in any byte of the dataset or printed.
 
 Every text field, extension, comment and tag, names of files and folders, bytes between and behind the parts,
-and files made to fail. One build with two workers, run as a user runs it.
+and files made to fail. One build with a worker, run as a user runs it.
 """
 
 from __future__ import annotations

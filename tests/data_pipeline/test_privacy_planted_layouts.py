@@ -2,7 +2,7 @@
 
 MSD and nnU-Net `dataset.json`, BIDS participants, sidecars, folder names and label tables, CSV and Parquet
 (as values, column names and file metadata), folders with subjects tables, npz, label and channel names.
-One build with two workers, run as a user runs it.
+One build with a worker, run as a user runs it.
 """
 
 from __future__ import annotations
