@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BUCKET = 50_000_000  # elements that ZeRO 1 to 3 reduce at a time, as `engine.optimizer` asks for
 DENSE_BUCKET = 500_000_000  # elements that ZeRO 0 reduces at a time
 LIVE = 1_000_000_000  # gathered elements that ZeRO 3 keeps, DeepSpeed's own default
+POSTPONED = "on a CPU, activations are traced when memory has run out"
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "bytes": 1}
 
 
@@ -75,8 +76,20 @@ class Limit(NamedTuple):
     peak: int
 
 
-def predict(task: Task, config: EngineConfig, world: World) -> Prediction:
-    """Memory of a rank of this run; to be called before the model is wrapped."""
+def predict(
+    task: Task,
+    config: EngineConfig,
+    world: World,
+    *,
+    traced: bool = True,
+    host: Mapping[str, int] | None = None,
+) -> Prediction:
+    """Memory of a rank of this run; to be called before the model is wrapped where that cuts its weights into
+    parts.
+
+    traced: ask tasks that trace their activations, too, which takes seconds. host: what was found for the
+    host before; what the process holds is measured otherwise.
+    """
     from engine.optimizer import stage_of  # which asks this module how much it may reduce at a time
 
     parameters = list(task.model.parameters())
@@ -84,7 +97,7 @@ def predict(task: Task, config: EngineConfig, world: World) -> Prediction:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     matrices = sum(p.numel() for p in parameters if p.ndim > 1 and p.requires_grad)
     micro_steps = task.micro_steps(world.size)
-    activations, unknown = _activations(task, config.activation_checkpointing)
+    activations, unknown = _activations(task, config.activation_checkpointing, traced)
 
     def parts(stage: int, checkpointing: bool) -> dict[str, int]:
         states = _states(stage, world.size, numel, trained, micro_steps)
@@ -99,12 +112,13 @@ def predict(task: Task, config: EngineConfig, world: World) -> Prediction:
     copies = 3 * [4 * trained // world.size]
     if world.device.type == "cuda":  # pinned memory comes in powers of two
         copies = [1 << (held - 1).bit_length() for held in copies]
-    host = {"copy for the saver": sum(copies)}
-    host["programs and data"] = max(0, host_now() - 4 * numel * (world.device.type == "cpu"))
+    if host is None:
+        weights = 4 * numel * (world.device.type == "cpu")
+        host = {"copy for the saver": sum(copies), "programs and data": max(0, host_now() - weights)}
     here = Prediction(
         world.device.type,
         parts(stage, checkpointing),
-        host,
+        dict(host),
         _ranks_here(world),
         batch_fields=getattr(task, "batch_fields", ""),
         unknown=unknown,
@@ -120,11 +134,13 @@ def predict(task: Task, config: EngineConfig, world: World) -> Prediction:
     return here
 
 
-def _activations(task: Task, checkpointing: bool) -> tuple[Callable[[bool], int], str]:
+def _activations(task: Task, checkpointing: bool, traced: bool) -> tuple[Callable[[bool], int], str]:
     """The task's hook, and why it is of no use where it is not: what is only said must not end a run."""
     hook: Callable[[bool], int] | None = getattr(task, "activation_bytes", None)
     if hook is None:
         return lambda _: 0, "this task does not say what its activations take"
+    if getattr(task, "traces_activations", False) and not traced:
+        return lambda _: 0, POSTPONED
     try:
         hook(checkpointing)
     except Exception as error:

@@ -61,7 +61,8 @@ class Task(Protocol):
     share of what matrix products reach on the device; `tokens_per_update: int`, token slots of an update over
     all ranks; `findings() -> str`, what the last `evaluate` found, as lines for people;
     `sample_keys(position) -> list[str]`, the samples of an update, for the report of a bad one;
-    `activation_bytes(checkpointing: bool) -> int`, most bytes of activations of a micro-step of a rank, and
+    `activation_bytes(checkpointing: bool) -> int`, most bytes of activations of a micro-step of a rank
+    (`traces_activations = True` where that takes seconds: on a CPU it is asked when memory has run out), and
     `batch_fields: str`, recipe fields that make a micro-step smaller, for what is said about memory.
     """
 

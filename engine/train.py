@@ -54,7 +54,7 @@ def train(task: Task, config: EngineConfig, run: Path | str, *, continue_as: str
     world = join(config)
     with StopRequest() as stop:
         attempt = _open_run(run, world)
-        predicted = memory.predict(task, config, world)
+        predicted = memory.predict(task, config, world, traced=world.device.type == "cuda")
         with Watchdog(run, config.hang_minutes, attempt, world.rank) as watchdog:
             try:
                 verdict = _train(task, config, run, world, stop, watchdog, attempt, continue_as, predicted)
@@ -68,6 +68,9 @@ def train(task: Task, config: EngineConfig, run: Path | str, *, continue_as: str
                 watchdog.write_stacks(f"{type(error).__name__} ends this rank", error)
                 advice = ""
                 if out_of_memory(error):
+                    with suppress(Exception):  # there may be too little left for it
+                        if predicted.unknown == memory.POSTPONED:
+                            predicted = memory.predict(task, config, world, host=predicted.host)
                     with suppress(Exception):  # a GPU that has failed may not even say how much it has
                         advice = memory.explain(predicted, world.device, error)
                 record_failure(run, error, watchdog.update, advice)

@@ -104,6 +104,7 @@ class FinetuneTask:
         """One micro-step a group that a rank owns."""
         return -(-self._recipe.mixture.groups // world)
 
+    traces_activations = True
     batch_fields = "head.window, mixture.rows_per_group or prompts.rounds"
 
     def activation_bytes(self, checkpointing: bool) -> int:

@@ -118,3 +118,29 @@ def test_a_gpu_that_does_not_even_say_what_it_has_hides_no_verdict(
     verdict = read_verdict(tmp_path)
     assert verdict is not None
     assert verdict.state == "out_of_memory"
+
+
+def test_traced_activations_are_asked_for_on_a_cpu_when_memory_has_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, asked = EngineConfig(device="cpu", updates=1), list[str]()
+
+    class Traced(ToyTask):
+        traces_activations = True
+
+        def activation_bytes(self, checkpointing: bool) -> int:
+            asked.append("trace")
+            return 3 << 30
+
+    def fail(*_: Any) -> None:
+        asked.append("update")
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr("engine.train._train", fail)
+    with pytest.raises(MemoryError):
+        train(Traced(ToyRecipe(engine=config), tmp_path), config, tmp_path)
+    assert asked.index("update") == 0 < asked.index("trace")
+    verdict = read_verdict(tmp_path)
+    assert verdict is not None
+    assert verdict.state == "out_of_memory"
+    assert "activations 3.00 GiB" in verdict.message
