@@ -6,14 +6,13 @@ Runs alone or under torchrun. Exit codes: 0 finished, 2 wrong input (one line sa
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from data_pipeline.errors import UserError as DataError
 from engine.errors import UserError
 from engine.recipe import load_recipe
 from engine.verdict import Verdict
-from engine.worker import Arguments, worker_main
+from engine.worker import Arguments, end_process, worker_main
 from finetune.recipe import FinetuneRecipe
 from model.errors import UserError as ModelError
 
@@ -37,4 +36,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
