@@ -22,6 +22,9 @@ from typing import Any
 from data_pipeline.errors import UserError
 
 ALONE = 2  # times that a call may end its worker while nothing else runs there, before it is given up
+REPEATS = (
+    3  # times that a call is run again because a worker died with its result, before it is one that kills
+)
 ADDRESS = re.compile(r"((tcp|tls|ws|wss|ucx)://)?[^/]+:\d+")
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -107,9 +110,10 @@ class Pool:
         if self.client is None:
             yield from ((n, _here(function, arguments[n])) for n in numbers)
             return
-        from distributed import KilledWorker, as_completed
+        from distributed import as_completed
 
         waiting = deque(numbers)
+        repeats = dict.fromkeys(numbers, 0)
         running: dict[Any, int] = {}
         queue = as_completed(loop=self.client.loop, with_results=False, raise_errors=False)
 
@@ -125,14 +129,12 @@ class Pool:
             while running:
                 future = next(queue)
                 n = running.pop(future)
-                if future.status in ("cancelled", "lost"):
-                    raise UserError(
-                        "the connection to the dask scheduler was lost; start the same build again"
-                    )
-                if future.status == "error" and isinstance(future.exception(), KilledWorker | MemoryError):
-                    result: Any = Lost(1)
-                else:
-                    result = future.result()
+                if future.status == "lost" and repeats[n] < REPEATS:
+                    repeats[n] += 1  # done, but its worker died before the result was taken; the scheduler
+                    running[future] = n  # is alive, it said so, and has already set out to run it again
+                    queue.add(future)
+                    continue
+                result = _taken(future)
                 del future
                 hand_out()
                 yield n, result
@@ -155,6 +157,26 @@ def _here(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return Lost(1)
 
 
+def _taken(future: Any) -> Any:
+    """The result, or `Lost`. A worker may die also while this is under way: dask then runs the call again."""
+    from distributed import CancelledError, KilledWorker
+    from distributed.comm import CommClosedError
+
+    if future.status == "lost":
+        return Lost(1)
+    try:
+        failure = future.exception() if future.status == "error" else None
+        if isinstance(failure, KilledWorker | MemoryError):  # not raised: its traceback would hold the future
+            return Lost(1)
+        return future.result()
+    except (KilledWorker, MemoryError):
+        return Lost(1)
+    except (CancelledError, CommClosedError) as error:  # that of a client without its scheduler
+        raise UserError(
+            "the connection to the dask scheduler was lost; start the same build again"
+        ) from error
+
+
 @contextmanager
 def pool(workers: int, scheduler: str | None = None) -> Iterator[Pool]:
     """A `Pool`: of `workers` processes of one thread each on this machine (0: this process itself), or of the
@@ -173,6 +195,8 @@ def pool(workers: int, scheduler: str | None = None) -> Iterator[Pool]:
         "distributed.scheduler.allowed-failures": 0,  # the calls of a killed worker come back at once
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.comm.timeouts.connect": "30s",
+        "distributed.deploy.lost-worker-timeout": "10000h",  # the nanny starts the next one; after this, dask
+        # ends it where its worker is not back yet, however often it was killed, and leaves none for the calls
         "distributed.nanny.environ": ONE_THREAD,
         "distributed.nanny.pre-spawn-environ": {**ONE_THREAD, **MALLOC},
         "distributed.worker.daemon": True,
