@@ -143,3 +143,12 @@ def test_limits_and_use_of_this_process() -> None:
     block = torch.ones(64 << 20, dtype=torch.uint8)
     assert memory.host_now() - before > 50 << 20
     assert memory.peak(CPU) > 0.98 * memory.now(CPU) > block.numel()  # the kernel's counters lag a little
+
+
+def test_a_hook_that_fails_does_not_end_the_run_and_is_said() -> None:
+    def fails(checkpointing: bool) -> int:
+        raise RuntimeError("no such\noperator")
+
+    found = memory.predict(toy(activation_bytes=fails), EngineConfig(), World(0, 1, 0, CPU))
+    assert "activations" not in found.parts
+    assert "could not be found (RuntimeError: no such operator)" in found.text()
