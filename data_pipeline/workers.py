@@ -22,9 +22,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 
 ALONE = 2  # times that a call may end its worker while nothing else runs there, before it is given up
-REPEATS = (
-    3  # times that a call is run again because a worker died with its result, before it is one that kills
-)
+REPEATS = 3  # times that a call is run again since a worker died with its result, before it is one that kills
 ADDRESS = re.compile(r"((tcp|tls|ws|wss|ucx)://)?[^/]+:\d+")
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
