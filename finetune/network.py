@@ -88,9 +88,15 @@ class Conv(nn.Conv3d):
     def forward(self, x: Tensor, kernel: Triple = (3, 3, 3), stride: Triple = (1, 1, 1)) -> Tensor:
         weight = self.weight
         for axis, width in enumerate(kernel):
-            if width == 1:
+            if width == 1 or x.shape[2 + axis] == 1:  # where there is one voxel the outer slices meet padding
                 weight = weight.narrow(2 + axis, 1, 1)
-        padding = tuple(width // 2 for width in kernel)
+        padding = tuple(width // 2 for width in weight.shape[2:])
+        tight = any(have < width for have, width in zip(x.shape[2:], kernel))
+        if tight and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # In bf16, oneDNN's gradient of such weights (torch 2.15) reads and writes memory not its own.
+            with torch.autocast("cpu", enabled=False):
+                y = F.conv3d(x.float(), weight, self.bias, stride, padding)
+            return y.to(torch.get_autocast_dtype("cpu"))
         return F.conv3d(x, weight, self.bias, stride, padding)
 
 

@@ -61,6 +61,34 @@ def test_middle_slice_equals_zero_padding_at_depth_one():
     torch.testing.assert_close(conv(x, (1, 3, 3)), whole)
 
 
+@pytest.mark.parametrize("size", [(2, 4, 4), (2, 6, 6), (4, 2, 5), (1, 5, 5), (1, 2, 2), (5, 1, 1)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2)])
+def test_bf16_gradients_of_maps_smaller_than_the_kernel(size, stride):
+    """Of these the library's own kernel makes what it finds in freed memory, at times not a number."""
+    for _ in range(4):
+        conv = Conv(8, 8).to(memory_format=torch.channels_last_3d)
+        x = torch.randn(1, 8, *size).to(memory_format=torch.channels_last_3d)
+        weight, wide = (t.detach().double().requires_grad_() for t in (conv.weight, x))
+        wanted = F.conv3d(wide, weight, None, stride, 1)
+        change = torch.randn_like(wanted)
+        wanted.backward(change)
+        x.requires_grad_()
+        found = []
+        for step in ("forward", "backward"):
+            freed = [
+                torch.full((4**n,), torch.nan, dtype=torch.bfloat16) for n in range(3, 11) for _ in "1234"
+            ]
+            del freed
+            if step == "forward":
+                with torch.autocast("cpu", torch.bfloat16):
+                    found.append(conv(x, (3, 3, 3), stride))
+            else:
+                found[0].backward(change.to(found[0].dtype).to(memory_format=torch.channels_last_3d))
+        assert found[0].dtype == torch.bfloat16
+        for have, want in ((found[0], wanted), (x.grad, wide.grad), (conv.weight.grad, weight.grad)):
+            assert (have.double() - want).norm() < 0.02 * want.norm()
+
+
 def test_meet_repeats_and_pools_by_whole_factors():
     x = torch.arange(8.0).reshape(1, 1, 2, 2, 2)
     grown = meet(x, (4, 2, 1))
